@@ -1,0 +1,1 @@
+"""Long measurements, each with its command in its docstring."""

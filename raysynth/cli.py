@@ -1,0 +1,134 @@
+"""The command line. Typer alone is imported here; every command loads what it needs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Recipe = Annotated[
+    Path, typer.Argument(help="A recipe, for example jobs/recipes/phantom_demo.yaml")
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+app = typer.Typer(
+    name="raysynth",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Synthetic, labelled lung CT, made and judged on a Ray cluster. Research use only.",
+)
+
+
+@app.command()
+def demo(
+    lidc: Annotated[Path | None, typer.Option(help="A folder of LIDC-IDRI DICOM series.")] = None,
+    work_dir: Annotated[Path, typer.Option(help="Where to put everything.")] = Path("runs"),
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default, nobody changes it
+) -> None:
+    """Run the whole main job: scans in, a judged synthetic data set out."""
+    from raysynth.demo import run_demo
+
+    summary = run_demo(work_dir, lidc, overrides)
+    print(f"report   {summary.report}")
+    print(f"summary  {summary.path}")
+
+
+def _add_stage(verb: str, help_text: str) -> None:
+    """Makes the command of one stage: they all take a recipe and the same options."""
+
+    def command(
+        recipe: Recipe,
+        overrides: Overrides = [],  # noqa: B006
+        dry_run: DryRun = False,
+        as_json: Json = False,
+    ) -> None:
+        from raysynth.config import load_recipe
+
+        config = load_recipe(recipe, overrides)
+        if dry_run:
+            print(config.model_dump_json(indent=2))
+            return
+        from raysynth import stages
+
+        _show(getattr(stages, verb)(config), as_json)
+
+    app.command(verb, help=help_text)(command)
+
+
+for _verb, _help_text in {
+    "ingest": "Read scans into the store.",
+    "shard": "Cut the recipe's sample set from the stored volumes.",
+    "encode": "Encode the sample set with the recipe's autoencoder.",
+    "train": "Fit the recipe's model; ends in a bundle.",
+    "synthesize": "Draw synthetic, labelled samples into the store.",
+    "evaluate": "Judge the synthetic samples against held-out real ones; write the report.",
+}.items():
+    _add_stage(_verb, _help_text)
+
+
+@app.command()
+def inspect(
+    store: Annotated[str, typer.Argument(help="Local path or s3:// URL of a store.")],
+    page: Annotated[Path | None, typer.Option(help="Also write pictures to this file.")] = None,
+    full: Annotated[bool, typer.Option(help="Read every shard, not the first and last.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a store against the schema and show what is in it."""
+    from dataclasses import asdict
+
+    from raysynth.data.inspect import inspect_store
+
+    found = inspect_store(store, page, full=full)
+    _show(asdict(found), as_json)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        import json
+
+        print(json.dumps(result, default=str))
+        return
+    for name, value in result.items():
+        if isinstance(value, list):
+            print(f"{name:16} {len(value)}")
+            for entry in value:
+                print(f"  {entry}")
+        else:
+            print(f"{name:16} {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad input (its one-line reason is the last line on
+        stderr).
+    """
+    from raysynth.errors import RaysynthError
+
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except typer.Abort:
+        return 130
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"raysynth: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the parser's own errors; their class is private
+            print(f"raysynth: {error.format_message()}", file=sys.stderr)
+            return 2
+        # Ray hands on what a task raised inside an error of its own.
+        cause = getattr(error, "cause", error)
+        if not isinstance(cause, RaysynthError):
+            raise
+        print(f"raysynth: {cause}", file=sys.stderr)
+        return cause.exit_code

@@ -1,0 +1,40 @@
+"""Recipes: strict pydantic sections and the loader. Imports neither torch nor ray."""
+
+from raysynth.config.base import Section
+from raysynth.config.data import (
+    DataConfig,
+    LidcSource,
+    PhantomSource,
+    SliceSamples,
+    SplitConfig,
+)
+from raysynth.config.evaluation import EvaluationConfig
+from raysynth.config.experiment import ExperimentConfig
+from raysynth.config.model import (
+    AutoencoderKLConfig,
+    LatentDiffusionConfig,
+    ModelConfig,
+    VQVAEConfig,
+)
+from raysynth.config.recipe import load_recipe, parse_recipe
+from raysynth.config.sampling import SamplingConfig
+from raysynth.config.training import TrainingConfig
+
+__all__ = [
+    "AutoencoderKLConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExperimentConfig",
+    "LatentDiffusionConfig",
+    "LidcSource",
+    "ModelConfig",
+    "PhantomSource",
+    "SamplingConfig",
+    "Section",
+    "SliceSamples",
+    "SplitConfig",
+    "TrainingConfig",
+    "VQVAEConfig",
+    "load_recipe",
+    "parse_recipe",
+]

@@ -1,0 +1,99 @@
+"""A whole run: one model on one sample set of one store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from raysynth.config.base import Section
+from raysynth.config.data import DataConfig
+from raysynth.config.evaluation import EvaluationConfig
+from raysynth.config.model import LatentDiffusionConfig, ModelConfig
+from raysynth.config.sampling import SamplingConfig
+from raysynth.config.training import TrainingConfig
+
+CONTROL_SUFFIXES = UNTRAINED, SHUFFLED = "_untrained", "_shuffled"
+"""Runs drawn beside a recipe's own, to compare: with fresh weights, and with requests exchanged."""
+
+AUTOENCODER_DOWNSAMPLING = 4
+"""What a latent diffusion recipe assumes before its autoencoder's bundle can be opened."""
+
+
+class ExperimentConfig(Section):
+    """A resolved recipe. Checks that need several sections stand here alone."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """Names the bundle and the synthetic run; the recipe's file name if not given."""
+    work_dir: Path
+    """Folder of the run's files. Recipes that build on each other share it."""
+    store: str | None = None
+    """Local path or s3:// URL of the store; None: `work_dir`/store."""
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def store_url(self) -> str:
+        """Where the store is."""
+        return self.store or str(self.work_dir / "store")
+
+    @property
+    def key_path(self) -> Path:
+        """The pseudonym key: beside the store's folder, never in it."""
+        return self.work_dir / "pseudonym.key"
+
+    @property
+    def bundle_path(self) -> Path:
+        """Where training leaves this recipe's bundle."""
+        return self.work_dir / "bundles" / self.name
+
+    @property
+    def autoencoder_path(self) -> Path:
+        """The autoencoder bundle of a latent model."""
+        assert isinstance(self.model, LatentDiffusionConfig)
+        return self.work_dir / self.model.autoencoder
+
+    def shareable(self) -> dict[str, Any]:
+        """The recipe as JSON values without the places of this machine, which may name people."""
+        local: dict[str, Any] = {"work_dir": True, "store": True, "data": {"source": {"path"}}}
+        return self.model_dump(mode="json", exclude=local)
+
+    @model_validator(mode="after")
+    def _names_no_control(self) -> ExperimentConfig:
+        for suffix in CONTROL_SUFFIXES:
+            if self.name.endswith(suffix):
+                raise ValueError(
+                    f"name {self.name!r}: runs that end in {suffix} are controls of others; "
+                    "choose another name"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit_schedule(self) -> ExperimentConfig:
+        steps = self.sampling.num_inference_steps
+        if isinstance(self.model, LatentDiffusionConfig) and steps > self.model.num_train_timesteps:
+            raise ValueError(
+                f"sampling.num_inference_steps {steps} exceeds model.num_train_timesteps "
+                f"{self.model.num_train_timesteps}: use fewer steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _size_fits_network(self) -> ExperimentConfig:
+        factor = self.model.downsampling
+        if isinstance(self.model, LatentDiffusionConfig):
+            factor *= AUTOENCODER_DOWNSAMPLING
+        size = self.data.samples.size
+        if size % factor:
+            lower = size // factor * factor
+            near = f"{lower} or {lower + factor}" if lower else f"{factor}"
+            raise ValueError(
+                f"data.samples.size {size} is not divisible by {factor}, the network's "
+                f"downsampling: use {near}, or fewer levels in model.channels"
+            )
+        return self

@@ -1,0 +1,106 @@
+"""Model families. The family decides which fields exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from raysynth.config.base import Section
+
+Window = tuple[float, float]
+
+
+class Autoencoder(Section):
+    """Fields that both autoencoders share. `channels` has one entry a level, each level halves."""
+
+    window_hu: Window = (-1000.0, 2500.0)
+    """HU that map to -1 and 1; what lies outside is clipped."""
+    channels: tuple[int, ...] = (64, 128, 256)
+    num_res_blocks: int = Field(2, ge=1)
+    norm_num_groups: int = 32
+
+    @property
+    def downsampling(self) -> int:
+        """Factor by which a latent is smaller than its image, per axis."""
+        return int(2 ** (len(self.channels) - 1))
+
+    @model_validator(mode="after")
+    def _check(self) -> Autoencoder:
+        low, high = self.window_hu
+        if not low < high:
+            raise ValueError(f"window_hu {self.window_hu}: give (low, high) with low < high")
+        for width in self.channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"channels {self.channels}: {width} is not a multiple of "
+                    f"norm_num_groups {self.norm_num_groups}"
+                )
+        return self
+
+
+class AutoencoderKLConfig(Autoencoder):
+    """Continuous latents with a small Kullback-Leibler penalty."""
+
+    family: Literal["autoencoder_kl"] = "autoencoder_kl"
+    latent_channels: int = Field(4, ge=1)
+    kl_weight: float = Field(1e-6, ge=0)
+
+
+class VQVAEConfig(Autoencoder):
+    """Vector-quantised latents (system A: x4, 3 channels, 8,192 codes)."""
+
+    family: Literal["vqvae"] = "vqvae"
+    latent_channels: int = Field(3, ge=1)
+    num_codes: int = Field(8192, ge=2)
+    commitment_weight: float = Field(0.25, ge=0)
+
+
+class LatentDiffusionConfig(Section):
+    """2D latent diffusion guided by a nodule box, attributes and the lungs (system A)."""
+
+    family: Literal["latent_diffusion"] = "latent_diffusion"
+    autoencoder: Path
+    """Bundle of a trained autoencoder; a relative path starts at the recipe's work_dir."""
+    conditioning: Literal[1, 2, 3, 4] = 4
+    """1: nodule mask at the input. 2: + mask in cross-attention. 3: + attributes in cross-attention
+    (all three as published). 4: + lung mask at the input (ours)."""
+    context: Literal["tokens", "single"] = "tokens"
+    """`single`: the published one-vector context. `tokens`: one token a mask patch and score."""
+    channels: tuple[int, ...] = (128, 256, 384, 512)
+    attention_levels: tuple[bool, ...] = (False, True, True, True)
+    num_res_blocks: int = Field(2, ge=1)
+    num_head_channels: int = Field(32, ge=1)
+    norm_num_groups: int = 32
+    num_train_timesteps: int = Field(1000, ge=1)
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    condition_drop: float = Field(0.1, ge=0, lt=1)
+    """Share of training samples whose condition is dropped, so that guidance is available."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LatentDiffusionConfig:
+        if len(self.channels) != len(self.attention_levels):
+            raise ValueError(
+                f"attention_levels has {len(self.attention_levels)} entries and channels "
+                f"{len(self.channels)}: give one for each level"
+            )
+        for width, attends in zip(self.channels, self.attention_levels, strict=True):
+            if width % self.norm_num_groups or (attends and width % self.num_head_channels):
+                raise ValueError(
+                    f"channels {self.channels}: {width} is not a multiple of norm_num_groups "
+                    f"{self.norm_num_groups} and, with attention, of num_head_channels "
+                    f"{self.num_head_channels}"
+                )
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Factor by which the U-Net's deepest level is smaller than its input, per axis."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+ModelConfig = Annotated[
+    AutoencoderKLConfig | VQVAEConfig | LatentDiffusionConfig, Field(discriminator="family")
+]

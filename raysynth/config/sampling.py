@@ -1,0 +1,29 @@
+"""How synthetic samples are drawn."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from raysynth.config.base import Section
+
+SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]
+
+
+class SamplingConfig(Section):
+    """A batch run of the sampling engine."""
+
+    num_samples: int = Field(2048, ge=1)
+    sampler: SamplerName = "ddim"
+    num_inference_steps: int = Field(50, ge=1)
+    guidance_scale: float = Field(1.0, ge=0)
+    """1 follows the condition as trained; more follows it harder, at two network calls a step."""
+    prior: Literal["independent", "joint"] = "joint"
+    """Where conditions come from: `independent` as published (place, size and scores unrelated),
+    `joint` draws whole LIDC nodules and keeps them inside the lung."""
+    batch_size: int = Field(8, ge=1)
+    """Slots of the engine: the fixed batch shape at which a sample is reproducible bit by bit."""
+    num_actors: int = Field(1, ge=1)
+    use_gpu: bool = False
+    threads_per_actor: int = Field(1, ge=1)

@@ -1,0 +1,76 @@
+"""How a model is fitted."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raysynth.config.base import Section
+
+
+class TrainingConfig(Section):
+    """Progress is counted in samples seen, so it means the same on any number of workers."""
+
+    global_batch_size: int = Field(64, ge=1)
+    """Samples per optimizer step over all workers; the result does not depend on their number."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples per forward pass of one worker; smaller saves memory. None: as large as possible."""
+    max_seen_samples: int = Field(640_000, ge=1)
+    max_seconds: float | None = Field(None, gt=0)
+    """Stop early, with a bundle, after so long (a laptop, a queue's time limit)."""
+    num_workers: int = Field(1, ge=1)
+    use_gpu: bool = False
+    threads_per_worker: int = Field(1, ge=1)
+    """OpenMP threads of a CPU worker. Workers times threads should not exceed the cores."""
+    engine: Literal["auto", "ddp", "deepspeed"] = "auto"
+    """`auto`: a plain process on one worker, DDP on several."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage, for the engine `deepspeed`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_samples: int = Field(0, ge=0)
+    """The learning rate rises linearly from 0 over so many samples."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Per optimizer step; warmed up as (1 + step) / (10 + step). 0 keeps the plain weights."""
+    open_shards: int = Field(8, ge=1)
+    """Shards a batch is mixed from; a multiple of num_workers, and global_batch_size of it."""
+    checkpoint_every: int = Field(64_000, ge=1)
+    """Samples between checkpoints."""
+    keep_checkpoints: int = Field(3, ge=1)
+    log_every: int = Field(640, ge=1)
+    """Samples between logged losses."""
+    max_failures: int = Field(3, ge=0)
+    """Worker losses after which the run goes on from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.global_batch_size % self.open_shards:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of open_shards "
+                f"{self.open_shards}: change one of them"
+            )
+        if self.open_shards % self.num_workers:
+            raise ValueError(
+                f"open_shards {self.open_shards} is not a multiple of num_workers "
+                f"{self.num_workers}: change one of them"
+            )
+        micro = self.micro_batch_size
+        if micro is not None and self.local_batch_size % micro:
+            raise ValueError(
+                f"a worker's share of the batch, {self.local_batch_size}, is not a multiple of "
+                f"micro_batch_size {micro}: change one of them"
+            )
+        return self
+
+    @property
+    def local_batch_size(self) -> int:
+        """Samples per optimizer step of one worker."""
+        return self.global_batch_size // self.num_workers
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Forward passes of one worker per optimizer step."""
+        return self.local_batch_size // (self.micro_batch_size or self.local_batch_size)

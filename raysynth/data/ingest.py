@@ -1,0 +1,157 @@
+"""Reads every case of a source into the store: one Ray Data task a case."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from raysynth.config import ExperimentConfig, PhantomSource
+from raysynth.data.sources import CaseRef, Refusal, list_cases, read_case
+from raysynth.data.units import write_units
+from raysynth.errors import InputError, RaysynthError, UnreadableCase
+from raysynth.preprocess.case import prepare
+from raysynth.seeding import fingerprint
+from raysynth.store.reader import VolumeAttrs, case_attrs, case_ids, open_group
+from raysynth.store.run import StoreRun
+from raysynth.store.splits import is_indicative
+from raysynth.store.writer import create_volume, quarantine, write_volume
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IngestSummary:
+    """What one ingest did.
+
+    Attributes:
+        cases: in the store afterwards.
+        added: by this run.
+        quarantined: cases and files refused by this run.
+        nodules: in all cases of the store.
+        seconds: wall time.
+        snapshot: what main points to afterwards.
+    """
+
+    cases: int
+    added: int
+    quarantined: int
+    nodules: int
+    seconds: float
+    snapshot: str
+
+
+def ingest(config: ExperimentConfig) -> IngestSummary:
+    """Reads the cases that the store does not have yet, and publishes them.
+
+    The same command resumes after any crash: committed cases wait on the run's branch.
+
+    Raises:
+        InputError: there is no source, or every case of it was refused.
+        RaysynthError: more than `data.max_quarantined` were refused; the good ones are published.
+    """
+    started = time.monotonic()
+    refs, refusals = list_cases(config)
+    identity = config.data.model_dump(mode="json", include={"source", "split"})
+    with StoreRun(config.store_url, verb="ingest", fingerprint=fingerprint(identity)) as run:
+        stored = _stored_cases(run)
+        waiting = _keep_splits([ref for ref in refs if ref.case_id not in stored], stored)
+        units = {ref.case_id: ref for ref in waiting}
+        failures = write_units(run, units, _write_case, stage="ingest", noun="cases")
+        refusals += failures.values()
+        stored = _stored_cases(run)
+        added = len(run.completed)
+        _record(run, stored, refusals)
+        snapshot = run.publish(f"{added} cases added, {len(refusals)} refused")
+    _judge(config, len(refs), list(failures.values()), refusals)
+    return IngestSummary(
+        cases=len(stored),
+        added=added,
+        quarantined=len(refusals),
+        nodules=sum(len(case.nodules) for case in stored.values()),
+        seconds=time.monotonic() - started,
+        snapshot=snapshot,
+    )
+
+
+def _stored_cases(run: StoreRun) -> dict[str, VolumeAttrs]:
+    root = run.root
+    return {case_id: case_attrs(root, case_id) for case_id in case_ids(root)}
+
+
+def _keep_splits(refs: list[CaseRef], stored: dict[str, VolumeAttrs]) -> list[CaseRef]:
+    """A patient of whom the store has a case stays in the split that it has there.
+
+    With few patients a split depends on who the others are, so it may have changed its mind. Should
+    nobody be left to test, a new patient does.
+    """
+    splits = {ref.patient_key: ref.split for ref in refs}
+    kept = {case.patient_key: case.split for case in stored.values()}
+    new = sorted(splits.keys() - kept.keys())
+    splits |= kept
+    if new and kept and "test" not in splits.values():
+        splits[new[0]] = "test"
+    return [replace(ref, split=splits[ref.patient_key]) for ref in refs]
+
+
+def _write_case(root: zarr.Group, ref: CaseRef) -> Refusal | None:
+    """Reads, prepares and writes one case, or says why it is refused."""
+    abdomen = isinstance(ref.source, PhantomSource) and ref.source.anatomy == "abdomen"
+    try:
+        case = prepare(read_case(ref), needs_lung=not abdomen)
+    except UnreadableCase as error:
+        return Refusal(ref.case_id, error.rule, error.reason)
+    except Exception as error:  # one odd file must not stop a thousand others
+        # The error's own text may quote the file, and so the patient.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        return Refusal(ref.case_id, "unexpected", f"{type(error).__name__} in {where}")
+    write_volume(create_volume(root, case), case)
+    return None
+
+
+def _record(run: StoreRun, stored: dict[str, VolumeAttrs], refusals: list[Refusal]) -> None:
+    """Writes what was refused into the quarantine, and what the store has into its root."""
+    entries: Any = open_group(run.root, "quarantine").attrs.asdict()["entries"]
+    known = {(entry["source"], entry["rule"]) for entry in entries}
+    new = [refusal for refusal in refusals if (refusal.source, refusal.rule) not in known]
+    if not new and not run.completed:
+        return
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    patients = len({case.patient_key for case in stored.values()})
+    counts = {"cases": len(stored), "patients": patients, "indicative": is_indicative(patients)}
+
+    def build(root: zarr.Group) -> None:
+        quarantine(root, [{**asdict(refusal), "when": now} for refusal in new])
+        root.attrs.update(counts)
+
+    run.declare(build, "Counts and quarantine")
+
+
+def _judge(
+    config: ExperimentConfig, num_cases: int, failures: list[Refusal], refusals: list[Refusal]
+) -> None:
+    """Raises if too much was refused. It is in the quarantine by now, and the rest published."""
+    if not refusals:
+        return
+    rules = ", ".join(
+        f"{rule} ({count})" for rule, count in Counter(one.rule for one in refusals).most_common()
+    )
+    logger.warning("refused: %s; the store's quarantine says why", rules)
+    if len(failures) == num_cases:
+        raise InputError(
+            f"all {num_cases} cases were refused: {rules}; first: {failures[0].reason}"
+        )
+    share = len(refusals) / (num_cases + len(refusals) - len(failures))
+    if share > config.data.max_quarantined:
+        raise RaysynthError(
+            f"{share:.0%} of the cases were refused, data.max_quarantined is "
+            f"{config.data.max_quarantined:.0%}: {rules}; the others are in the store"
+        )

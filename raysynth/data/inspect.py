@@ -1,0 +1,122 @@
+"""`raysynth inspect`: is a store valid, what does it hold, and what does that look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from raysynth.data.statistics import HU_EDGES, StoreStatistics, statistics
+from raysynth.report.html import StorePage, Tile, write_store_page
+from raysynth.store.reader import SampleSet, case_attrs, case_ids, read_case
+from raysynth.store.repository import open_root
+from raysynth.store.validate import StoreSummary, sample_groups, summary, validate
+
+MAX_CASES = 6
+MAX_SAMPLES = 12
+VIEW_PIXELS = 256
+"""Pictures of volumes are thinned to about so many pixels a side."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        problems: one line each; none: the store is valid.
+        summary: what it holds.
+        mean_hu: over all volumes, by label name.
+        page: the picture page, if one was asked for.
+    """
+
+    problems: list[str]
+    summary: StoreSummary
+    mean_hu: dict[str, float]
+    page: str | None
+
+
+def inspect_store(url: str, page: Path | None = None, *, full: bool = False) -> Inspection:
+    """Validates a store against the schema, counts, and draws a page of pictures.
+
+    Args:
+        url: local path or s3:// URL.
+        page: where to write the HTML page; None: nowhere.
+        full: check every shard, not only the first and last of each array.
+
+    Raises:
+        InputError: there is no store of this schema version.
+    """
+    problems = [f"{problem.path or '/'}: {problem.what}" for problem in validate(url, full)]
+    counted = summary(url)
+    volumes = statistics(url)
+    if page is not None:
+        write_store_page(_page(url, problems, counted, volumes), page)
+    return Inspection(problems, counted, volumes.mean_hu, str(page) if page else None)
+
+
+def _page(
+    url: str, problems: list[str], counted: StoreSummary, volumes: StoreStatistics
+) -> StorePage:
+    root = open_root(url, counted.snapshot)
+    galleries: dict[str, Sequence[Tile]] = {
+        "Volumes: middle of the lungs, axial and coronal": _volume_tiles(root)
+    }
+    for path, group in sample_groups(root):
+        samples = SampleSet(group)
+        if "hu" in samples.group:
+            galleries[path] = _sample_tiles(samples)
+    facts = {
+        "cases": f"{counted.cases}",
+        "patients": f"{counted.patients}",
+        "nodules": f"{counted.nodules}",
+        "quarantined": f"{counted.quarantined}",
+        "stored": f"{counted.stored_bytes / 2**20:.0f} MiB",
+        **{path: f"{count:,}" for path, count in counted.samples.items()},
+    }
+    return StorePage(
+        title=f"Store {Path(url).name}",
+        problems=problems,
+        facts=facts,
+        galleries=galleries,
+        hu_edges=HU_EDGES,
+        hu_counts=volumes.histogram,
+    )
+
+
+def _volume_tiles(root: zarr.Group) -> list[Tile]:
+    tiles = []
+    for number, case_id in enumerate(case_ids(root)[:MAX_CASES], 1):
+        case, attributes = read_case(root, case_id), case_attrs(root, case_id)
+        hu, layout = case.volume.hu, case.layout
+        assert layout is not None
+        extent = attributes.lung_zyx or tuple((0, size) for size in hu.shape)
+        z, y, _ = ((start + stop) // 2 for start, stop in extent)
+        thin = max(1, hu.shape[2] // VIEW_PIXELS)
+        axial = np.s_[z, ::thin, ::thin]
+        # Head up, and about as many pixels to a millimetre as across.
+        repeat = max(1, round(case.volume.spacing_mm[0] / (case.volume.spacing_mm[2] * thin)))
+        coronal = np.s_[::-1, y, ::thin]
+        tiles += [
+            Tile(hu[axial], layout[axial], None, f"case {number}, {attributes.split}"),
+            Tile(hu[coronal].repeat(repeat, 0), layout[coronal].repeat(repeat, 0), None, "coronal"),
+        ]
+    return tiles
+
+
+def _sample_tiles(samples: SampleSet) -> list[Tile]:
+    rows = np.linspace(0, samples.count - 1, min(MAX_SAMPLES, samples.count)).astype(int)
+    tiles = []
+    for row in rows.tolist():
+        y0, x0, y1, x1 = (int(corner) for corner in samples.index["box"][row])
+        tiles.append(
+            Tile(
+                samples.read("hu", row, row + 1)[0],
+                samples.read("layout", row, row + 1)[0],
+                (y0, x0, y1, x1),
+                f"row {row}",
+            )
+        )
+    return tiles

@@ -1,0 +1,29 @@
+"""What diffusion training minimises, one number a sample."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from raysynth.diffusion.schedule import NoiseSchedule, PredictionType, prediction_target
+
+
+def diffusion_loss(
+    schedule: NoiseSchedule,
+    prediction_type: PredictionType,
+    prediction: Tensor,
+    x_0: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+) -> Tensor:
+    """Mean squared error of each sample's prediction, (B,) (Ho et al. 2020, eq. 14).
+
+    Args:
+        schedule: the noise schedule.
+        prediction_type: what the network predicts.
+        prediction: the network's output for x_t, (B, C, ...).
+        x_0: clean samples.
+        noise: the noise in x_t.
+        timestep: integers (B,).
+    """
+    target = prediction_target(schedule, prediction_type, x_0, noise, timestep)
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)

@@ -1,0 +1,1 @@
+"""Judges synthetic samples: metrics with floors, controls and intervals, and adherence."""

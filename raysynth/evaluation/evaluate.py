@@ -1,0 +1,308 @@
+"""Judges a synthetic run against the real test patients, by Ray tasks over shards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from raysynth.condition import Box
+from raysynth.config import EvaluationConfig, ExperimentConfig
+from raysynth.errors import InputError
+from raysynth.evaluation.adherence import (
+    AttributeCoverage,
+    FoundShare,
+    SizeAgreement,
+    attribute_coverage,
+    found_shares,
+    size_agreement,
+)
+from raysynth.evaluation.intervals import Arm
+from raysynth.evaluation.judge import Arms, MetricResult, judge
+from raysynth.evaluation.measure import Measures, Place
+from raysynth.metrics.features import Extractor, load_extractor
+from raysynth.progress import progress
+from raysynth.seeding import seed_of
+from raysynth.store.reader import SampleSet, case_attrs, open_group
+from raysynth.store.repository import main_snapshot, open_root
+from raysynth.store.splits import is_indicative
+from storage_schema.v1 import SPLITS
+
+logger = logging.getLogger(__name__)
+
+CONTROLS = ("untrained", "shuffled")
+MAX_SAMPLES = 50_000
+"""Samples measured of a set, whole shards at random: features of all regions stay in memory, 1 kB a
+sample with `ct-conv` and 24 kB with Inception."""
+
+NUM_STRAY_BOXES = 500
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """What an evaluation found; also `work_dir`/evaluation/`name`.json.
+
+    Attributes:
+        name: of the synthetic run.
+        metrics: by key `metric/space/region/extractor@version/N`.
+        adherence: share of boxes with a nodule, by set (`synthetic`, `real`, the controls) and, at
+            chance level, by set + `_stray`.
+        sizes: measured against requested diameters, by set.
+        coverage: requested scores against LIDC's, by attribute.
+        samples: measured, by set.
+        patients: real ones in all, and in the reference.
+        indicative: so few patients that every figure is no more than a hint.
+        notices: what a reader must know beside the figures.
+        snapshot: of the store that was judged.
+        seconds: wall time.
+        path: the JSON file.
+    """
+
+    name: str
+    metrics: dict[str, MetricResult]
+    adherence: dict[str, FoundShare]
+    sizes: dict[str, SizeAgreement]
+    coverage: dict[str, AttributeCoverage]
+    samples: dict[str, int]
+    patients: dict[str, int]
+    indicative: bool
+    notices: list[str]
+    snapshot: str
+    seconds: float
+    path: str
+
+
+def evaluate(config: ExperimentConfig) -> EvaluationSummary:
+    """Judges the recipe's synthetic run, beside its controls where the store has them.
+
+    Needs a Ray session (`raysynth.session.connect`).
+
+    Raises:
+        InputError: no synthetic run, no sample set, none of its slices in the test split, grey
+            values without a unit, or an extractor without its weights.
+    """
+    started = time.monotonic()
+    for extractor in config.evaluation.extractors:
+        load_extractor(extractor, config.evaluation.inception_weights)
+    snapshot = main_snapshot(config.store_url)
+    root = open_root(config.store_url, snapshot)
+    sets = _open_sets(root, config)
+    patients = _patients(root, sets)
+    measures = _measure(sets, config)
+    is_reference = sets["real"].index["split"] == SPLITS.index("test")
+    metrics = _judge(measures, patients, is_reference, config)
+    counts = {
+        "real": len(np.unique(patients["real"])),
+        "reference": len(np.unique(patients["real"][is_reference])),
+    }
+    tables = {name: measured.adherence.compute()[1] for name, measured in measures.items()}
+    path = config.work_dir / "evaluation" / f"{config.name}.json"
+    summary = EvaluationSummary(
+        name=config.name,
+        metrics=metrics,
+        adherence={
+            key: share
+            for name, table in tables.items()
+            for key, share in found_shares(table, name).items()
+        },
+        sizes={name: size_agreement(table) for name, table in tables.items()},
+        coverage=attribute_coverage(sets["synthetic"].index["attributes"]),
+        samples={name: samples.count for name, samples in sets.items()},
+        patients=counts,
+        indicative=is_indicative(counts["real"]),
+        notices=_notices(root, sets["real"], counts, metrics),
+        snapshot=snapshot,
+        seconds=time.monotonic() - started,
+        path=str(path),
+    )
+    _write(summary, path)
+    return summary
+
+
+def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet]:
+    """`real`, `synthetic` and the controls that the store has."""
+    name = config.data.samples.name
+    sets = {
+        "real": SampleSet(open_group(root, f"samples/{name}")),
+        "synthetic": SampleSet(open_group(root, f"synthetic/{config.name}")),
+    }
+    for control in CONTROLS:
+        group = root.get(f"synthetic/{config.name}_{control}")
+        if isinstance(group, zarr.Group) and config.evaluation.controls:
+            sets[control] = SampleSet(group)
+    real, synthetic = sets["real"], sets["synthetic"]
+    if real.attrs["intensity"] != "hu":
+        raise InputError(
+            f"sample set {name} has intensity {real.attrs['intensity']!r}, and these metrics are "
+            "of Hounsfield units; evaluate a set cut from HU volumes"
+        )
+    if real.shape != synthetic.shape or not np.isclose(real.pixel_mm, synthetic.pixel_mm):
+        raise InputError(
+            f"synthetic/{config.name} has slices of {synthetic.shape} pixels of "
+            f"{synthetic.pixel_mm:g} mm, samples/{name} {real.shape} of {real.pixel_mm:g} mm: "
+            "evaluate with the set that the model was trained on"
+        )
+    if not np.any(real.index["split"] == SPLITS.index("test")):
+        raise InputError(
+            f"no slice of samples/{name} is of a test patient, so there is nothing to judge by; "
+            "ingest more patients or raise data.split.test"
+        )
+    return sets
+
+
+def _patients(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArray[np.int64]]:
+    """The number of each sample's patient; of a synthetic one, of the patient who lent the layout.
+
+    A sample on nobody's layout is its own patient, with a negative number.
+    """
+    numbers: dict[str, int] = {}
+    patients = {}
+    for name, samples in sets.items():
+        of_case = [
+            numbers.setdefault(case_attrs(root, case).patient_key, len(numbers))
+            for case in samples.attrs["cases"]
+        ]
+        case = samples.index["case" if name == "real" else "source_case"]
+        nobody = -1 - np.arange(len(case))
+        patients[name] = np.where(case >= 0, np.array([*of_case, 0])[case], nobody)
+    return patients
+
+
+def _measure(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[str, Measures]:
+    """Measures every set, one Ray task a shard."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(_measure_shard)
+    work = {}
+    for name, samples in sets.items():
+        handle = ray.put(samples)
+        strays = _stray_boxes(samples)
+        for shard in _chosen_shards(samples):
+            future = task.remote(handle, shard, strays, config.evaluation)
+            start, stop = samples.shard_rows(shard)
+            work[future] = name, stop - start
+    measures = {name: Measures() for name in sets}
+    with progress("evaluate", sum(count for _, count in work.values())) as view:
+        pending = list(work)
+        while pending:
+            (done,), pending = ray.wait(pending)
+            name, count = work[done]
+            measures[name].merge(ray.get(done))
+            view.advance(count)
+    return measures
+
+
+def _measure_shard(
+    samples: SampleSet, shard: int, strays: Sequence[Box], config: EvaluationConfig
+) -> Measures:
+    start, stop = samples.shard_rows(shard)
+    measures = Measures()
+    measures.update(
+        start,
+        samples.read("hu", start, stop),
+        samples.read("layout", start, stop),
+        samples.index["box"][start:stop],
+        samples.pixel_mm,
+        _extractors(config.extractors, config.inception_weights),
+        strays,
+    )
+    return measures
+
+
+@lru_cache(maxsize=1)
+def _extractors(names: tuple[str, ...], weights: Path | None) -> tuple[Extractor, ...]:
+    """Loaded once a process: Ray's workers measure many shards."""
+    return tuple(load_extractor(name, weights) for name in names)
+
+
+def _chosen_shards(samples: SampleSet) -> list[int]:
+    """All shards, or as many random ones as hold `MAX_SAMPLES`."""
+    wanted = max(1, MAX_SAMPLES // samples.rows_per_shard)
+    rng = np.random.default_rng(seed_of("shards", samples.num_shards))
+    return sorted(int(shard) for shard in rng.permutation(samples.num_shards)[:wanted])
+
+
+def _stray_boxes(samples: SampleSet) -> Sequence[Box]:
+    """Different boxes of the set, in a random order."""
+    boxes = np.unique(samples.index["box"], axis=0)
+    boxes = boxes[boxes[:, 0] >= 0]
+    order = np.random.default_rng(seed_of("stray boxes", len(boxes))).permutation(len(boxes))
+    return [
+        (int(y0), int(x0), int(y1), int(x1)) for y0, x0, y1, x1 in boxes[order[:NUM_STRAY_BOXES]]
+    ]
+
+
+def _judge(
+    measures: dict[str, Measures],
+    patients: dict[str, NDArray[np.int64]],
+    is_reference: NDArray[np.bool_],
+    config: ExperimentConfig,
+) -> dict[str, MetricResult]:
+    """All metrics, one Ray task a region and extractor."""
+    import ray
+
+    computed = {name: measured.compute() for name, measured in measures.items()}
+
+    def arm(name: str, place: Place) -> Arm | None:
+        if place not in computed[name]:
+            return None
+        rows, features = computed[name][place]
+        return Arm(features, patients[name][rows])
+
+    task = ray.remote(num_cpus=1)(judge)
+    futures = []
+    for place, (rows, _) in computed["real"].items():
+        real = arm("real", place)
+        judged = {name: found for name in measures if (found := arm(name, place)) is not None}
+        judged.pop("real")
+        if real is None or "synthetic" not in judged:
+            continue
+        arms = Arms(real, real.take(is_reference[rows]), judged)
+        draws, seed = config.evaluation.num_bootstrap, config.seed
+        futures.append(task.remote(place, arms, draws, seed))
+    results: dict[str, MetricResult] = {}
+    for future in futures:
+        results.update(**ray.get(future))
+    return results
+
+
+def _notices(
+    root: zarr.Group, real: SampleSet, patients: dict[str, int], metrics: dict[str, MetricResult]
+) -> list[str]:
+    notices = []
+    formats = {case_attrs(root, case).source.get("format") for case in real.attrs["cases"]}
+    if formats == {"phantom"}:
+        notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
+    if is_indicative(patients["real"]):
+        notices.append(f"indicative only: {patients['real']} patients")
+    if patients["real"] < 2:
+        notices.append("one patient: there is no patient-disjoint floor")
+    if any(result.resampled == "samples" for result in metrics.values()):
+        notices.append(
+            f"the reference has {patients['reference']} patients, so intervals draw samples "
+            "instead of patients and are too narrow"
+        )
+    if any(result.n <= result.dim for key, result in metrics.items() if key.startswith("fid/")):
+        notices.append("FID has no more samples than dimensions somewhere: prefer KID there")
+    places = {key.split("/")[2] for key in metrics}
+    if not any(place.startswith("nodule") for place in places):
+        notices.append("too few nodules to judge them apart")
+    return notices
+
+
+def _write(summary: EvaluationSummary, path: Path) -> None:
+    """Replaces the file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(asdict(summary), indent=1, allow_nan=False))
+    os.replace(temporary, path)
+    logger.info("wrote %s", path)

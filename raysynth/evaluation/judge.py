@@ -1,0 +1,209 @@
+"""Distances of synthetic samples to real ones, beside their floor and their controls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from raysynth.evaluation.intervals import (
+    Arm,
+    Features,
+    Interval,
+    Metric,
+    patient_splits,
+    subsample_interval,
+)
+from raysynth.evaluation.measure import HISTOGRAMS, Place
+from raysynth.metrics.frechet import frechet_distance_of, frechet_limit
+from raysynth.metrics.image import histogram_distance
+from raysynth.metrics.kernel import cubic_mmd2, gaussian_mmd2, kernel_distance, median_distance
+from raysynth.seeding import seed_of
+
+MIN_SAMPLES = 4
+"""Fewer samples on a side give no distance."""
+
+MAX_KERNEL_SAMPLES = 4096
+"""Kernel distances of more would need over half a gigabyte: they are drawn down to this."""
+
+NUM_SPLITS = 40
+"""Random patient splits behind a floor."""
+
+Column = tuple[float, Interval]
+NO_COLUMN = (None, None)
+
+
+@dataclass(frozen=True)
+class Arms:
+    """All that is compared at one place.
+
+    Attributes:
+        real: every real sample, of all splits: the floor comes from them.
+        reference: the real samples that others are judged by, the test split.
+        judged: `synthetic`, and the controls `untrained` and `shuffled` where there are any.
+    """
+
+    real: Arm
+    reference: Arm
+    judged: dict[str, Arm]
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric. Intervals are (low, high) at 95 %; None: there was nothing to compute it from.
+
+    Attributes:
+        value: of the synthetic samples.
+        n: samples on either side, for every column alike.
+        dim: length of a feature vector.
+        floor: mean over patient-disjoint splits of the real samples; its interval is their spread.
+        untrained: of samples of an untrained model.
+        shuffled: of samples drawn under each other's conditions.
+        disjoint: for each other column, whether its interval and the value's do not overlap.
+        resampled: what the value's interval draws of the reference, `patients` or `samples`.
+        reference_patients: patients of the reference.
+        limit: FID at infinitely many samples (FID_inf).
+        subset_std: KID's standard deviation over its subsets.
+    """
+
+    value: float
+    interval: Interval
+    n: int
+    dim: int
+    floor: float | None
+    floor_interval: Interval | None
+    untrained: float | None
+    untrained_interval: Interval | None
+    shuffled: float | None
+    shuffled_interval: Interval | None
+    disjoint: dict[str, bool]
+    resampled: str
+    reference_patients: int
+    limit: float | None = None
+    subset_std: float | None = None
+
+
+def judge(place: Place, arms: Arms, num_draws: int, seed: int) -> dict[str, MetricResult]:
+    """All metrics at one region by one extractor, by key.
+
+    Every column of a metric has the same number of samples N on both sides. Where controls have
+    fewer samples than the run, the run is judged at both sizes, and the larger has no controls.
+
+    Args:
+        place: region and extractor.
+        arms: what is compared.
+        num_draws: sub-samples behind each interval.
+        seed: of every drawing.
+
+    Returns:
+        Key `metric/space/region/extractor@version/N` -> result; none for too few samples.
+    """
+    seed = seed_of("judge", seed, *place)
+    patients = len(np.unique(arms.reference.patients))
+    splits = list(patient_splits(arms.real, patients, NUM_SPLITS, seed))
+    largest = min(len(arms.reference), len(arms.judged["synthetic"]))
+    if splits:
+        # The split sides vary with their patients; half of the splits shall be large enough.
+        sides = sorted(min(len(side) for side in split) for split in splits)
+        largest = min(largest, sides[len(sides) // 2])
+    common = min(largest, *(len(arm) for arm in arms.judged.values()))
+    results: dict[str, MetricResult] = {}
+    for size in sorted({common, largest}):
+        names = [name for name, arm in arms.judged.items() if len(arm) >= size]
+        judged = {name: arms.judged[name] for name in names}
+        if size >= MIN_SAMPLES:
+            results |= _judge_at(
+                place, size, Arms(arms.real, arms.reference, judged), splits, num_draws, seed
+            )
+    return results
+
+
+def _judge_at(
+    place: Place,
+    size: int,
+    arms: Arms,
+    splits: list[tuple[Arm, Arm]],
+    num_draws: int,
+    seed: int,
+) -> dict[str, MetricResult]:
+    region, extractor = place
+    results = {}
+    for name in ("hu_w1",) if extractor == HISTOGRAMS else ("fid", "kid", "mmd2", "mmd2_fixed"):
+        n = size if name in ("fid", "hu_w1") else min(size, MAX_KERNEL_SAMPLES)
+        results[f"{name}/slice/{region}/{extractor}/{n}"] = _result(
+            name, n, arms, splits, num_draws, seed
+        )
+    return results
+
+
+def _result(
+    name: str, n: int, arms: Arms, splits: list[tuple[Arm, Arm]], num_draws: int, seed: int
+) -> MetricResult:
+    """One metric at N samples a side."""
+    reference = arms.reference.draw(n, np.random.default_rng(seed))
+    metric = _metric(name, reference.features)
+    columns: dict[str, Column] = {}
+    for column, arm in arms.judged.items():
+        drawn = arm.draw(n, np.random.default_rng(seed))
+        value = metric(reference.features, drawn.features)
+        interval = subsample_interval(metric, reference, drawn, value, num_draws, seed)
+        columns[column] = value, interval
+    rng = np.random.default_rng(seed)
+    floors = [
+        metric(one.draw(n, rng).features, other.draw(n, rng).features)
+        for one, other in splits
+        if min(len(one), len(other)) >= n
+    ]
+    if floors:
+        low, high = np.quantile(floors, (0.025, 0.975))
+        columns["floor"] = float(np.mean(floors)), (float(low), float(high))
+    value, interval = columns.pop("synthetic")
+    synthetic = arms.judged["synthetic"].draw(n, np.random.default_rng(seed)).features
+    limit = subset_std = None
+    if name == "fid" and n > 2 * MIN_SAMPLES:
+        limit = frechet_limit(reference.features, synthetic, seed).value
+    if name == "kid":
+        kid = kernel_distance(reference.features, synthetic)
+        value, subset_std = kid.mean, kid.std
+    floor, floor_interval = columns.get("floor", NO_COLUMN)
+    untrained, untrained_interval = columns.get("untrained", NO_COLUMN)
+    shuffled, shuffled_interval = columns.get("shuffled", NO_COLUMN)
+    return MetricResult(
+        value=value,
+        interval=interval,
+        n=n,
+        dim=reference.features.shape[1],
+        floor=floor,
+        floor_interval=floor_interval,
+        untrained=untrained,
+        untrained_interval=untrained_interval,
+        shuffled=shuffled,
+        shuffled_interval=shuffled_interval,
+        disjoint={column: _disjoint(interval, other) for column, (_, other) in columns.items()},
+        resampled=reference.resampled,
+        reference_patients=len(np.unique(reference.patients)),
+        limit=limit,
+        subset_std=subset_std,
+    )
+
+
+def _metric(name: str, reference: Features) -> Metric:
+    match name:
+        case "fid":
+            return frechet_distance_of
+        case "kid":
+            # KID itself is a mean over subsets and estimates this, at a hundred times the price.
+            return cubic_mmd2
+        case "mmd2":
+            return gaussian_mmd2
+        case "mmd2_fixed":
+            # One bandwidth for every column and every model judged by this reference.
+            bandwidth = median_distance(reference)
+            return lambda real, other: gaussian_mmd2(real, other, bandwidth)
+        case _:
+            assert name == "hu_w1", name
+            return histogram_distance
+
+
+def _disjoint(one: Interval, other: Interval) -> bool:
+    return one[1] < other[0] or other[1] < one[0]

@@ -1,0 +1,129 @@
+"""Measures some slices: features of every region, tissue histograms, and each nodule again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysynth.case import LUNG_LABELS
+from raysynth.condition import Box
+from raysynth.evaluation.regions import cut_regions
+from raysynth.metrics.features import Extractor
+from raysynth.metrics.image import TISSUES, tissue_histograms
+from raysynth.metrics.kernel import FeatureTable
+from raysynth.sampling.adherence import (
+    NODULE_LUNG_LABELS,
+    Measurement,
+    find_nodule,
+    requested_diameter_mm,
+    stray_box,
+)
+from raysynth.seeding import seed_of
+
+HISTOGRAMS = "histogram@1"
+"""Stands for `tissue_histograms` where metric keys name an extractor."""
+
+ADHERENCE_COLUMNS = (
+    "found",
+    "contrast_hu",
+    "requested_mm",
+    "measured_mm",
+    "offset_mm",
+    "stray_found",
+)
+"""Of a slice with a box; `stray_found` is NaN where no stray box fitted."""
+
+Place = tuple[str, str]
+"""A region (or tissue) and an extractor."""
+
+
+class Measures:
+    """What was measured of a set of samples; workers measure shards and merge."""
+
+    def __init__(self) -> None:
+        self.tables: dict[Place, FeatureTable] = {}
+        self.adherence = FeatureTable()
+
+    def update(
+        self,
+        first_row: int,
+        hu: NDArray[np.int16],
+        layout: NDArray[np.uint8],
+        box: NDArray[np.int16],
+        pixel_mm: float,
+        extractors: Sequence[Extractor],
+        stray_boxes: Sequence[Box],
+    ) -> None:
+        """Measures consecutive samples.
+
+        Args:
+            first_row: number of the first one in its set.
+            hu: slices (n, y, x).
+            layout: labels, annotated or asked for.
+            box: boxes (n, 4), -1 for none.
+            pixel_mm: side of a pixel.
+            extractors: of features.
+            stray_boxes: boxes of other slices, for the chance level of adherence.
+        """
+        for region, part in cut_regions(hu, layout, box).items():
+            for extractor in extractors:
+                features = extractor(part.hu)
+                self._table(region, extractor.name).update(first_row + part.rows, features)
+        for tissue, counts in tissue_histograms(hu, layout).items():
+            seen = np.flatnonzero(counts.any(axis=1))
+            self._table(tissue, HISTOGRAMS).update(first_row + seen, counts[seen])
+        boxed = np.flatnonzero(box[:, 0] >= 0)
+        rows = [
+            _adherence(first_row + int(i), hu[i], layout[i], _box(box[i]), pixel_mm, stray_boxes)
+            for i in boxed
+        ]
+        self.adherence.update(
+            first_row + boxed, np.array(rows, np.float32).reshape(-1, len(ADHERENCE_COLUMNS))
+        )
+
+    def merge(self, other: Measures) -> None:
+        """Adds what another worker measured."""
+        for place, table in other.tables.items():
+            self._table(*place).merge(table)
+        self.adherence.merge(other.adherence)
+
+    def compute(self) -> dict[Place, tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Rows and features of every region and extractor."""
+        return {place: table.compute() for place, table in sorted(self.tables.items())}
+
+    def _table(self, region: str, extractor: str) -> FeatureTable:
+        assert extractor != HISTOGRAMS or region in TISSUES
+        return self.tables.setdefault((region, extractor), FeatureTable())
+
+
+def _adherence(
+    row: int,
+    hu: NDArray[np.int16],
+    layout: NDArray[np.uint8],
+    box: Box,
+    pixel_mm: float,
+    stray_boxes: Sequence[Box],
+) -> list[float]:
+    """One row of `ADHERENCE_COLUMNS`."""
+    lung = np.isin(layout, NODULE_LUNG_LABELS)
+    there = find_nodule(hu, lung, box, pixel_mm)
+    rng = np.random.default_rng(seed_of("stray", row))
+    # No nodule that was annotated elsewhere in the slice counts as chance.
+    free_lung = np.isin(layout, LUNG_LABELS)
+    stray = stray_box(free_lung, box, stray_boxes, rng)
+    elsewhere: Measurement | None = stray and find_nodule(hu, lung, stray, pixel_mm)
+    return [
+        there.found,
+        there.contrast_hu,
+        requested_diameter_mm(layout, box, pixel_mm),
+        there.diameter_mm,
+        there.offset_mm,
+        np.nan if elsewhere is None else elsewhere.found,
+    ]
+
+
+def _box(values: NDArray[np.int16]) -> Box:
+    y0, x0, y1, x1 = (int(value) for value in values)
+    return y0, x0, y1, x1

@@ -1,0 +1,310 @@
+"""Gathers what a run left behind and has it shown as one HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+import zarr
+from numpy.typing import NDArray
+
+from raysynth import __version__
+from raysynth.case import LUNG_LABELS, Label, Nodule
+from raysynth.condition import Box
+from raysynth.config import ExperimentConfig, LatentDiffusionConfig
+from raysynth.models.bundle import read_facts
+from raysynth.models.facts import ATTRIBUTION
+from raysynth.report.html import Losses, MetricRow, ReportData, Tile, write_report
+from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.planner import plan_samples
+from raysynth.seeding import seed_of
+from raysynth.store.reader import SampleSet, VolumeAttrs, case_attrs, open_group
+from raysynth.store.repository import open_root
+from raysynth.store.shards import ShardedArray
+from raysynth.training.history import HISTORY_FILE, read_history
+from storage_schema.v1 import SPLITS
+
+GALLERY_SIZE = 12
+"""Slices of either kind side by side."""
+
+NUM_FRAMES = 6
+"""Pictures of one sample's denoising."""
+
+MAX_STEPS = 50
+"""DDIM steps of that sample."""
+
+MAX_NODULES = 12
+NODULE_VIEW_MM = 60.0
+"""Side of the native-resolution pictures of real nodules."""
+
+SHOWN_METRICS = ("fid", "kid")
+"""Metrics with a chart; the table has all."""
+
+NAMES = {
+    "synthetic": "synthetic, where asked for",
+    "synthetic_stray": "synthetic, boxes of other slices (chance)",
+    "shuffled": "drawn under another's request",
+    "untrained": "untrained network",
+    "real": "{}, where readers marked a nodule",
+    "real_stray": "{}, boxes of other slices (chance)",
+}
+
+
+def report(config: ExperimentConfig) -> Path:
+    """Writes `work_dir`/evaluation/`name`.html from the store, the bundles and the figures."""
+    path = config.work_dir / "evaluation" / f"{config.name}.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    root = open_root(config.store_url, found["snapshot"])
+    real = SampleSet(open_group(root, f"samples/{config.data.samples.name}"))
+    synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))
+    seconds, losses = _seconds(config), _losses(config)
+    frames = _denoising_tiles(config, real)
+    reference = "phantom" if read_facts(config.bundle_path).source == "phantom" else "real"
+    page = path.with_suffix(".html")
+    write_report(
+        ReportData(
+            title=f"Synthetic lung CT beside {reference} patients",
+            reference=reference,
+            facts=_facts(root, found, reference, real, synthetic),
+            notices=found["notices"],
+            nodules=_nodule_tiles(root, real.attrs["cases"]),
+            real=_real_tiles(real),
+            synthetic=_synthetic_tiles(synthetic),
+            denoising=frames,
+            metrics=[_metric_row(key, result) for key, result in found["metrics"].items()],
+            shown_metrics=SHOWN_METRICS,
+            adherence={
+                text.format(reference): _share(found["adherence"], name)
+                for name, text in NAMES.items()
+            },
+            requested_mm=np.array(found["sizes"]["synthetic"]["requested_mm"]),
+            measured_mm=np.array(found["sizes"]["synthetic"]["measured_mm"]),
+            attribute_names=list(found["coverage"]),
+            requested_scores=_coverage(found, "requested"),
+            reference_scores=_coverage(found, "reference"),
+            losses=losses,
+            seconds=seconds,
+            recipe=yaml.safe_dump(config.shareable(), sort_keys=False),
+            attribution=_attribution(config),
+            limits=_limits(found, (_detail(real), _detail(synthetic)), frames, losses),
+        ),
+        page,
+    )
+    return page
+
+
+def _facts(
+    root: zarr.Group,
+    found: dict[str, Any],
+    reference: str,
+    real: SampleSet,
+    synthetic: SampleSet,
+) -> dict[str, str]:
+    nodules = sum(len(case_attrs(root, case).nodules) for case in real.attrs["cases"])
+    return {
+        f"{reference} patients": f"{found['patients']['real']}",
+        "held-out patients": f"{found['patients']['reference']}",
+        "nodules read": f"{nodules}",
+        f"{reference} slices": f"{real.count:,}",
+        "synthetic slices": f"{synthetic.count:,}",
+        "nodule where asked": _share(found["adherence"], "synthetic").partition(" ")[0] + " %",
+    }
+
+
+def _nodule_tiles(root: zarr.Group, cases: Sequence[str]) -> list[Tile]:
+    """Real nodules at native resolution with the readers' consensus: all, or evenly picked."""
+    nodules = [
+        (number, attributes, nodule)
+        for number, attributes in enumerate(case_attrs(root, case_id) for case_id in cases)
+        for nodule in attributes.nodules
+    ]
+    picked = np.linspace(0, len(nodules) - 1, min(len(nodules), MAX_NODULES)).astype(int)
+    return [_nodule_tile(root, *nodules[index]) for index in picked]
+
+
+def _nodule_tile(root: zarr.Group, number: int, case: VolumeAttrs, nodule: Nodule) -> Tile:
+    """The plane of the nodule's largest area."""
+    z = nodule.corner_zyx[0] + int(nodule.mask.sum(axis=(1, 2)).argmax())
+    half = round(NODULE_VIEW_MM / 2 / case.spacing_mm[1])
+    y, x = (round(centre) for centre in nodule.centre_zyx[1:])
+    view = np.s_[0, max(0, y - half) : y + half, max(0, x - half) : x + half]
+    hu, layout = (
+        ShardedArray(root.store, f"volumes/{case.case_id}/{name}").read(z, z + 1)[view]
+        for name in ("hu", "layout")
+    )
+    outline = np.where(layout == Label.NODULE, layout, np.uint8(0))
+    readers = len(nodule.ratings)
+    caption = f"case {number + 1}, {nodule.diameter_mm:.0f} mm, {readers} readers"
+    return Tile(hu, outline, None, caption)
+
+
+def _real_tiles(real: SampleSet) -> list[Tile]:
+    """Held-out slices; those with a nodule first."""
+    held_out = real.index["split"] == SPLITS.index("test")
+    with_nodule = np.flatnonzero(held_out & (real.index["box"][:, 0] >= 0))
+    others = np.flatnonzero(held_out & (real.index["box"][:, 0] < 0))
+    rng = np.random.default_rng(seed_of("gallery", real.count))
+    rows = np.concatenate([rng.permutation(with_nodule), rng.permutation(others)])[:GALLERY_SIZE]
+    return [
+        Tile(*_image(real, int(row)), f"case {real.index['case'][row] + 1}")
+        for row in np.sort(rows)
+    ]
+
+
+def _synthetic_tiles(synthetic: SampleSet) -> list[Tile]:
+    """The first slices of the run: nobody chose them."""
+    tiles = []
+    for row in range(min(GALLERY_SIZE, synthetic.count)):
+        scores = ", ".join(str(score) for score in synthetic.index["attributes"][row])
+        seen = "found" if synthetic.index["found"][row] else "nothing found"
+        tiles.append(Tile(*_image(synthetic, row), f"scores {scores}; {seen}"))
+    return tiles
+
+
+def _image(samples: SampleSet, row: int) -> tuple[NDArray[np.int16], NDArray[np.uint8], Box | None]:
+    y0, x0, y1, x1 = (int(value) for value in samples.index["box"][row])
+    return (
+        samples.read("hu", row, row + 1)[0],
+        samples.read("layout", row, row + 1)[0],
+        (y0, x0, y1, x1) if y0 >= 0 else None,
+    )
+
+
+def _denoising_tiles(config: ExperimentConfig, real: SampleSet) -> list[Tile]:
+    # Here one core draws one slice: a thousand steps of a large network would take it hours.
+    sampling = config.sampling.model_copy(
+        update={
+            "num_samples": 1,
+            "batch_size": 1,
+            "use_gpu": False,
+            "sampler": "ddim",
+            "num_inference_steps": min(config.sampling.num_inference_steps, MAX_STEPS),
+        }
+    )
+    (planned,) = plan_samples(config.model_copy(update={"sampling": sampling}), real)
+    steps, frames = SliceSampler(config.bundle_path, sampling, config.seed).denoising(
+        planned, NUM_FRAMES
+    )
+    return [
+        Tile(hu, None, planned.condition.box, f"step {step}")
+        for step, hu in zip(steps, frames, strict=True)
+    ]
+
+
+def _metric_row(key: str, result: dict[str, Any]) -> MetricRow:
+    def entry(name: str) -> tuple[float, float, float] | None:
+        value = result[name]
+        interval = result["interval" if name == "value" else f"{name}_interval"]
+        return None if value is None else (value, *interval)
+
+    value = entry("value")
+    assert value is not None
+    return MetricRow(key, value, entry("floor"), entry("untrained"), entry("shuffled"))
+
+
+def _share(adherence: dict[str, Any], name: str) -> str:
+    """For example `83.2 % [78.1, 87.4] of 256`."""
+    share = adherence.get(name)
+    if share is None or share["found"] is None:
+        return "-"
+    low, high = share["interval"]
+    return f"{share['found']:.1%} [{low:.1%}, {high:.1%}] of {share['n']} boxes".replace("%", " %")
+
+
+def _coverage(found: dict[str, Any], side: str) -> NDArray[np.float64]:
+    return np.array([entry[side] for entry in found["coverage"].values()])
+
+
+def _losses(config: ExperimentConfig) -> Losses:
+    """Curves of the recipe's model and of its autoencoder, where their histories lie here."""
+    names = [config.name]
+    if isinstance(config.model, LatentDiffusionConfig):
+        names.insert(0, config.model.autoencoder.name)
+    curves = {}
+    for name in names:
+        history = read_history(config.work_dir / "logs" / name / HISTORY_FILE)
+        points = [point for point in history if "loss" in point]
+        if points:
+            curves[name] = (
+                np.array([point["seen_samples"] for point in points]),
+                np.array([point["loss"] for point in points]),
+            )
+    return curves
+
+
+def _seconds(config: ExperimentConfig) -> dict[str, float]:
+    """Wall time of every stage so far (`raysynth.stages` keeps them)."""
+    path = config.work_dir / "timings.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _attribution(config: ExperimentConfig) -> list[str]:
+    facts = read_facts(config.bundle_path)
+    return [
+        f"Data: {ATTRIBUTION[facts.source]}.",
+        f"Made by raysynth {__version__}; bundle trained on store snapshot {facts.snapshot}.",
+    ]
+
+
+def _limits(
+    found: dict[str, Any],
+    detail: tuple[float, float],
+    frames: Sequence[Tile],
+    losses: Losses,
+) -> dict[str, str]:
+    """For each picture a sentence on what is still wrong, from the figures themselves."""
+    limits = {}
+    share, sizes = found["adherence"]["synthetic"]["found"], found["sizes"]["synthetic"]
+    real, synthetic = detail
+    limits["gallery"] = (
+        f"neighbouring lung pixels of synthetic slices differ by {synthetic:.0f} HU on average, "
+        f"of the others by {real:.0f}: "
+        f"{'fine texture is missing' if synthetic < real else 'there is too much of it'}."
+    )
+    if share is not None:
+        limits["gallery"] += (
+            f" In {1 - share:.0%} of the synthetic slices nothing was found where a nodule was "
+            "asked for."
+        )
+    if sizes["n"]:
+        limits["adherence"] = (
+            f"where a nodule was found, its diameter is off by "
+            f"{sizes['median_absolute_error_mm']:.1f} mm in the median; whether the requested "
+            "scores can be seen is not measured."
+        )
+    if len(frames) > 1:
+        moved = np.abs(frames[-1].hu.astype(np.float64) - frames[-2].hu).mean()
+        limits["denoising"] = (
+            f"between the last two pictures pixels still move by {moved:.0f} HU on average."
+        )
+    above = [
+        key
+        for key, result in found["metrics"].items()
+        if result["disjoint"].get("floor") and result["value"] > (result["floor"] or 0)
+    ]
+    limits["metrics"] = (
+        f"{len(above)} of {len(found['metrics'])} distances lie above their floor with disjoint "
+        "intervals."
+    )
+    for name, (_, loss) in losses.items():
+        tenth = len(loss) // 10
+        if tenth:
+            before, after = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean()
+            limits["losses"] = (
+                f"over the last tenth of its training the loss of {name} changed by "
+                f"{after / before - 1:+.0%}: longer training would change the result."
+            )
+    return limits
+
+
+def _detail(samples: SampleSet) -> float:
+    """Mean difference of neighbouring lung pixels of a set's first slices, HU."""
+    stop = min(samples.count, samples.rows_per_shard)
+    hu = samples.read("hu", 0, stop).astype(np.float64)
+    lung = np.isin(samples.read("layout", 0, stop), LUNG_LABELS)
+    both = lung[:, :, 1:] & lung[:, :, :-1]
+    return float(np.abs(np.diff(hu, axis=2))[both].mean())

@@ -1,0 +1,1 @@
+"""Medical files and databases, read into volumes and nodules."""

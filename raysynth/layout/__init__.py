@@ -1,0 +1,1 @@
+"""Label maps of a patient: what lies where, and where a nodule may lie."""

@@ -1,0 +1,66 @@
+"""Puts labels together into one layout, and boxes around what a layout shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysynth.case import Label, Nodule
+from raysynth.condition import Box
+
+
+def compose(anatomy: NDArray[np.uint8], nodules: Sequence[Nodule]) -> NDArray[np.uint8]:
+    """The anatomy with every nodule's voxels on top (Zhao & Hou: the nodule overwrites all).
+
+    Args:
+        anatomy: labels 0-4 (`raysynth.layout.anatomy.segment_anatomy`), (z, y, x); not changed.
+        nodules: on the same grid; parts outside it are dropped.
+
+    Returns:
+        uint8 layout of the same shape.
+    """
+    layout = anatomy.copy()
+    for nodule in nodules:
+        inside = tuple(
+            slice(max(0, start), min(size, stop))
+            for (start, stop), size in zip(nodule.box_zyx, layout.shape, strict=True)
+        )
+        of_mask = tuple(
+            slice(part.start - corner, part.stop - corner)
+            for part, corner in zip(inside, nodule.corner_zyx, strict=True)
+        )
+        layout[inside][nodule.mask[of_mask]] = Label.NODULE
+    return layout
+
+
+def square_box(mask: NDArray[np.bool_], margin_px: int = 0, min_side: int = 1) -> Box:
+    """The square around a mask: half-open pixels (y0, x0, y1, x1).
+
+    Its side is the mask's longer extent plus twice the margin, its middle the middle of the mask's
+    extent. At the image's edge it is moved inwards, so it stays square as long as it fits.
+
+    Args:
+        mask: bool (y, x) with at least one true pixel.
+        margin_px: pixels to leave around the mask on every side.
+        min_side: least side of the box.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    if not mask.any():
+        raise ValueError("an empty mask has no box around it")
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    (y0, y1), (x0, x1) = ((int(line[0]), int(line[-1]) + 1) for line in (rows, columns))
+    side = max(y1 - y0, x1 - x0, min_side - 2 * margin_px) + 2 * margin_px
+    top, bottom = _side_within(y0, y1, side, mask.shape[0])
+    left, right = _side_within(x0, x1, side, mask.shape[1])
+    return top, left, bottom, right
+
+
+def _side_within(start: int, stop: int, side: int, size: int) -> tuple[int, int]:
+    """A range of length `side` (or `size`, if less) around [start, stop) within [0, size)."""
+    side = min(side, size)
+    first = min(max(0, (start + stop - side) // 2), size - side)
+    return first, first + side

@@ -1,0 +1,91 @@
+"""Shapes in millimetres: masks grown, shrunk, opened and closed, grids made coarser and finer."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from raysynth.volume import Triple
+
+Mask = NDArray[np.bool_]
+IN_PLANE = ndimage.generate_binary_structure(3, 1) & (np.arange(3) == 1)[:, None, None]
+"""Neighbours within one axial plane only."""
+Value = TypeVar("Value", bound=np.generic)
+
+
+def grow(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
+    """Every voxel within `radius_mm` of the mask (a ball, however the voxels are shaped)."""
+    if not mask.any():
+        return np.zeros_like(mask)
+    return ndimage.distance_transform_edt(~mask, sampling=spacing_mm) <= radius_mm
+
+
+def shrink(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
+    """Every voxel farther than `radius_mm` from the outside; beyond the grid counts as inside."""
+    return ~grow(~mask, radius_mm, spacing_mm)
+
+
+def open_planes(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
+    """The mask without what is thinner than about `2 * radius_mm` in its axial plane."""
+    steps = max(1, round(radius_mm / min(spacing_mm[1:])))
+    return ndimage.binary_opening(mask, IN_PLANE, iterations=steps)
+
+
+def close_mask(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
+    """The mask with every notch filled that a ball of `radius_mm` cannot enter from outside."""
+    return shrink(grow(mask, radius_mm, spacing_mm), radius_mm, spacing_mm)
+
+
+def largest_component(mask: Mask) -> Mask:
+    """The connected part (6 neighbours) with the most voxels; empty stays empty."""
+    labels, count = ndimage.label(mask)
+    if count <= 1:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return labels == sizes.argmax()
+
+
+def bounding_box(mask: Mask, margin: tuple[int, ...] | None = None) -> tuple[slice, ...]:
+    """Smallest box around the mask's true voxels, widened by `margin` voxels within the grid."""
+    found = ndimage.find_objects(mask.astype(np.uint8))
+    if not found:
+        return (slice(0, 0),) * mask.ndim
+    margins = margin or (0,) * mask.ndim
+    return tuple(
+        slice(max(0, box.start - extra), min(size, box.stop + extra))
+        for box, extra, size in zip(found[0], margins, mask.shape, strict=True)
+    )
+
+
+def coarsening(spacing_mm: Triple, target_mm: float) -> tuple[int, int, int]:
+    """How many voxels along each axis make up about `target_mm`, at least one."""
+    z, y, x = (max(1, round(target_mm / spacing)) for spacing in spacing_mm)
+    return z, y, x
+
+
+def block_mean(values: NDArray[Any], factors: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Mean of blocks of `factors` voxels; the last block of an axis repeats the edge."""
+    fz, fy, fx = factors
+    pad_y, pad_x = -values.shape[1] % fy, -values.shape[2] % fx
+    means = []
+    for start in range(0, len(values), fz):  # a float copy of the whole scan would be 150 MB
+        block = values[start : start + fz].mean(axis=0, dtype=np.float32)
+        block = np.pad(block, ((0, pad_y), (0, pad_x)), mode="edge")
+        rows = np.stack([block[offset::fy] for offset in range(fy)]).mean(axis=0)
+        means.append(np.stack([rows[:, offset::fx] for offset in range(fx)]).mean(axis=0))
+    return np.stack(means)
+
+
+def refine(
+    blocks: NDArray[Value], factors: tuple[int, int, int], shape: tuple[int, int, int]
+) -> NDArray[Value]:
+    """Gives every voxel of a grid of `shape` its block's value, the reverse of `block_mean`."""
+    fine = blocks
+    for axis, (factor, size) in enumerate(zip(factors, shape, strict=True)):
+        fine = np.repeat(fine, factor, axis=axis) if factor > 1 else fine
+        fine = fine[(slice(None),) * axis + (slice(0, size),)]
+    return fine

@@ -1,0 +1,1 @@
+"""Metrics that merge: update with batches, merge across workers in any order, then compute."""

@@ -1,0 +1,215 @@
+"""Feature extractors by name: what Fréchet and kernel distances compare."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysynth.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+EXTRACTOR_WINDOW_HU = (-1000, 400)
+"""What extractors see, whatever window a model was trained on: lungs to soft tissue."""
+
+MIN_IMAGE_SIZE = 16
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+)
+INCEPTION_SHA256_START = "6726825d"
+
+
+class Extractor(Protocol):
+    """A named map from slices to features.
+
+    Attributes:
+        name: `extractor@version`, part of every metric's key. Another version, other numbers.
+        dim: length of a feature vector.
+    """
+
+    name: str
+    dim: int
+
+    def __call__(self, hu: NDArray[np.int16]) -> NDArray[np.float32]:
+        """Features (n, dim) of slices in HU (n, y, x), at least `MIN_IMAGE_SIZE` pixels a side."""
+        ...
+
+
+def load_extractor(name: str, inception_weights: Path | None = None) -> Extractor:
+    """An extractor by its name in a recipe, `ct-conv` or `inception2048`.
+
+    Raises:
+        InputError: unknown name, or Inception's weights are absent or another file.
+    """
+    match name:
+        case "ct-conv":
+            return CtConv()
+        case "inception2048":
+            return Inception2048(_checked_weights(inception_weights))
+        case _:
+            raise InputError(f"no extractor {name!r}; there are ct-conv and inception2048")
+
+
+class CtConv:
+    """`ct-conv@1`: fixed random convolutions at four scales and a few radiomic statistics.
+
+    Needs no download, so that a machine without network can judge. 80 features of a slice: at each
+    of four scales (each half the former) the mean responses of two layers of eight filters (64);
+    the means of a 3 x 3 grid (9), which say where things are; the shares of six HU bands and the
+    spread (7). Fixed factors balance the groups over real chest slices and bring the mean
+    square of their features to about 1, where KID's cubic kernel is well conditioned.
+
+    The weights come from the raw stream of a bit generator, which numpy guarantees not to change.
+    Slices go through the network at one fixed batch shape: a feature does not depend, to the last
+    bit, on which slices it is computed with.
+    """
+
+    name = "ct-conv@1"
+    dim = 80
+
+    num_scales = 4
+    num_filters = 8
+    batch_size = 32
+    band_edges_hu = (-950, -500, -150, -20, 150)
+    """Air, lung, partly filled lung, fat, soft tissue, bone."""
+    gains = (8.0, 1.0, 2.0)
+    """Factors of responses, grid and bands."""
+
+    def __init__(self) -> None:
+        import torch
+
+        bits = np.random.PCG64(20_261_120)
+        f = self.num_filters
+        self._layers = [
+            (_filters(bits, (f, 1, 5, 5)), _filters(bits, (f, f, 3, 3)))
+            for _ in range(self.num_scales)
+        ]
+        low, high = EXTRACTOR_WINDOW_HU
+        edges = [(edge - low) / (high - low) * 2 - 1 for edge in self.band_edges_hu]
+        self._edges = torch.tensor(edges, dtype=torch.float32)
+
+    def __call__(self, hu: NDArray[np.int16]) -> NDArray[np.float32]:
+        """Features (n, 80) of slices (n, y, x)."""
+        import torch
+
+        _check(hu)
+        features = np.empty((len(hu), self.dim), np.float32)
+        for start in range(0, len(hu), self.batch_size):
+            batch = hu[start : start + self.batch_size]
+            padded = np.zeros((self.batch_size, *hu.shape[1:]), np.float32)
+            padded[: len(batch)] = _windowed(batch) * 2 - 1
+            with torch.inference_mode():
+                computed = self._features(torch.from_numpy(padded)[:, None])
+            features[start : start + len(batch)] = computed[: len(batch)].numpy()
+        return features
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of windowed images in [-1, 1], shape (B, 1, H, W)."""
+        import torch
+        from torch.nn import functional
+
+        responses, scaled = [], images
+        for first, second in self._layers:
+            x = functional.relu(_convolve(scaled, first))  # (B, 8, h, w)
+            responses.append(x.mean((2, 3)))
+            x = functional.relu(_convolve(functional.avg_pool2d(x, 2), second))
+            responses.append(x.mean((2, 3)))
+            scaled = functional.avg_pool2d(scaled, 2)
+        grid = functional.adaptive_avg_pool2d(images, 3).flatten(1)
+        pixels = images.flatten(1)
+        band = torch.bucketize(pixels, self._edges)
+        shares = [(band == k).float().mean(1) for k in range(len(self._edges) + 1)]
+        bands = torch.stack([*shares, pixels.std(1)], 1)
+        response_gain, grid_gain, band_gain = self.gains
+        return torch.cat(
+            [torch.cat(responses, 1) * response_gain, grid * grid_gain, bands * band_gain], 1
+        )
+
+
+class Inception2048:
+    """`inception2048@w1`: torch-fidelity's Inception v3, last pooling layer, grey as RGB.
+
+    Slices are windowed to 8 bits (5.5 HU a step), the only input that network takes.
+
+    Args:
+        weights: the file of weights; see `INCEPTION_URL`.
+    """
+
+    name = "inception2048@w1"
+    dim = 2048
+    batch_size = 32
+
+    def __init__(self, weights: Path) -> None:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        self._network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
+        )
+
+    def __call__(self, hu: NDArray[np.int16]) -> NDArray[np.float32]:
+        """Features (n, 2048) of slices (n, y, x)."""
+        import torch
+
+        _check(hu)
+        features = np.empty((len(hu), self.dim), np.float32)
+        for start in range(0, len(hu), self.batch_size):
+            grey = np.rint(_windowed(hu[start : start + self.batch_size]) * 255).astype(np.uint8)
+            rgb = torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1)  # (B, 3, H, W)
+            with torch.inference_mode():
+                features[start : start + len(grey)] = self._network(rgb)[0].numpy()
+        return features
+
+
+def _windowed(hu: NDArray[np.int16]) -> NDArray[np.float32]:
+    """HU in `EXTRACTOR_WINDOW_HU` as [0, 1]."""
+    low, high = EXTRACTOR_WINDOW_HU
+    windowed: NDArray[np.float32] = np.clip(hu, low, high).astype(np.float32)
+    return (windowed - np.float32(low)) / np.float32(high - low)
+
+
+def _check(hu: NDArray[np.int16]) -> None:
+    if hu.ndim != 3 or min(hu.shape[1:]) < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"features need slices (n, y, x) of at least {MIN_IMAGE_SIZE} pixels, not {hu.shape}"
+        )
+
+
+def _filters(bits: np.random.PCG64, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Random filters (out, in, h, w) of zero mean and unit norm."""
+    import torch
+
+    raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(11)
+    weights = raw.astype(np.float64).reshape(shape) / 2**53 - 0.5
+    weights -= weights.mean(axis=(1, 2, 3), keepdims=True)
+    weights /= np.sqrt((weights**2).sum(axis=(1, 2, 3), keepdims=True))
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def _convolve(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+    """A convolution that keeps the size; the border is repeated."""
+    from torch.nn import functional
+
+    pad = filters.shape[-1] // 2
+    return functional.conv2d(functional.pad(x, (pad,) * 4, mode="replicate"), filters)
+
+
+def _checked_weights(path: Path | None) -> Path:
+    advice = f"download {INCEPTION_URL} and set evaluation.inception_weights to the file"
+    if path is None or not path.is_file():
+        place = "evaluation.inception_weights is not set" if path is None else f"no file {path}"
+        raise InputError(f"extractor inception2048 needs {INCEPTION_FILE}, but {place}: {advice}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(INCEPTION_SHA256_START):
+        raise InputError(
+            f"{path} has SHA-256 {digest[:8]}..., Inception's weights start with "
+            f"{INCEPTION_SHA256_START}: {advice}"
+        )
+    return path

@@ -1,0 +1,1 @@
+"""Networks, the conditions that guide them, and the bundles that hold their weights."""

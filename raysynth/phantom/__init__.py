@@ -1,0 +1,1 @@
+"""Built-in patients: procedural anatomy with exact layouts, real LIDC nodules, no download."""

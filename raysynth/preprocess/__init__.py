@@ -1,0 +1,1 @@
+"""From a case as it was read to samples: layout, resampling, window and slices."""

@@ -1,0 +1,79 @@
+"""One view of a run's progress: a live line on a terminal, JSON lines anywhere else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Counts units of one stage. `advance` is cheap: output is limited to a few lines a second."""
+
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        self.stage, self.total, self.unit = stage, total, unit
+        self.done = 0
+        self._start = time.monotonic()
+        self._first = 0
+        self._last_shown = 0.0
+        self._live = sys.stderr.isatty()
+
+    def advance(self, count: int = 1, **fields: float | str) -> None:
+        """Adds finished units; `fields` (a loss, say) are shown beside the rate."""
+        self.update(self.done + count, **fields)
+
+    def resume(self, done: int) -> None:
+        """Counts units that an earlier, interrupted run finished; they do not make the rate."""
+        self.done = self._first = done
+
+    def update(self, done: int, **fields: float | str) -> None:
+        """Sets the number of finished units."""
+        self.done = done
+        interval = 0.2 if self._live else 5.0
+        now = time.monotonic()
+        if done >= self.total or now - self._last_shown >= interval:
+            self._last_shown = now
+            self._show(now - self._start, fields)
+
+    def _show(self, seconds: float, fields: dict[str, float | str]) -> None:
+        rate = (self.done - self._first) / seconds if seconds > 0 else 0.0
+        left_s = (self.total - self.done) / rate if rate > 0 else float("nan")
+        if not self._live:
+            line = {
+                "stage": self.stage,
+                "done": self.done,
+                "total": self.total,
+                f"{self.unit}_per_s": round(rate, 3),
+                "left_s": None if left_s != left_s else round(left_s, 1),
+                **fields,
+            }
+            print(json.dumps(line), file=sys.stderr, flush=True)  # noqa: T201
+            return
+        shown = "  ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in fields.items()
+        )
+        left = "" if left_s != left_s else f"  {left_s:.0f} s left"
+        line_text = (
+            f"\r\x1b[K{self.stage}  {self.done}/{self.total} {self.unit}  "
+            f"{rate:.1f}/s{left}  {shown}"
+        )
+        sys.stderr.write(line_text)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._live:
+            sys.stderr.write("\n")
+
+
+@contextmanager
+def progress(stage: str, total: int, unit: str = "samples") -> Iterator[Progress]:
+    """A stage's progress for the block."""
+    view = Progress(stage, total, unit)
+    try:
+        yield view
+    finally:
+        view.close()

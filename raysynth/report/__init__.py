@@ -1,0 +1,1 @@
+"""What people look at: pictures, charts and the self-contained HTML report."""

@@ -1,0 +1,174 @@
+"""The report of a run: one HTML page that needs no other file and no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysynth.condition import Box
+from raysynth.report import charts
+from raysynth.report.pictures import DISPLAY_WINDOW_HU, grey, overlay_svg, png_data_uri
+
+Losses = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""Model name -> samples seen and losses there."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One slice as the report shows it."""
+
+    hu: NDArray[np.int16]
+    layout: NDArray[np.uint8] | None = None
+    box: Box | None = None
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric beside its floor and its controls; `None` where there was none.
+
+    Every entry is (value, low, high).
+    """
+
+    key: str
+    value: tuple[float, float, float]
+    floor: tuple[float, float, float] | None = None
+    untrained: tuple[float, float, float] | None = None
+    shuffled: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All that a report shows; see the fields' names in the template.
+
+    `reference` says what the synthetic samples are held against: `real`, or `phantom`.
+    """
+
+    title: str
+    reference: str
+    facts: dict[str, str]
+    notices: Sequence[str]
+    nodules: Sequence[Tile]
+    real: Sequence[Tile]
+    synthetic: Sequence[Tile]
+    denoising: Sequence[Tile]
+    metrics: Sequence[MetricRow]
+    shown_metrics: Sequence[str]
+    adherence: dict[str, str]
+    requested_mm: NDArray[np.float64]
+    measured_mm: NDArray[np.float64]
+    attribute_names: Sequence[str]
+    requested_scores: NDArray[np.float64]
+    reference_scores: NDArray[np.float64]
+    losses: Losses
+    seconds: dict[str, float]
+    recipe: str
+    attribution: Sequence[str]
+    limits: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StorePage:
+    """What `raysynth inspect` shows of a store; `galleries` by heading."""
+
+    title: str
+    problems: Sequence[str]
+    facts: dict[str, str]
+    galleries: dict[str, Sequence[Tile]]
+    hu_edges: NDArray[np.int64]
+    hu_counts: NDArray[np.int64]
+
+
+def write_report(data: ReportData, path: Path) -> None:
+    """Renders a run's report to `path`, replacing what is there in one step."""
+    _write(
+        "report.html",
+        path,
+        data=data,
+        groups={name: [_tile(tile) for tile in getattr(data, name)] for name in _GALLERIES},
+        metric_charts=[
+            _metric_chart(row)
+            for row in data.metrics
+            if row.key.partition("/")[0] in data.shown_metrics
+        ],
+        rows=[_row(row) for row in data.metrics],
+        losses=charts.loss_chart(data.losses) if data.losses else "",
+        sizes=charts.size_chart(data.requested_mm, data.measured_mm),
+        coverage=charts.coverage_chart(
+            data.attribute_names, data.requested_scores, data.reference_scores
+        ),
+        times=charts.time_chart(data.seconds) if data.seconds else "",
+    )
+
+
+def write_store_page(data: StorePage, path: Path) -> None:
+    """Renders a store's page to `path`, replacing what is there in one step."""
+    _write(
+        "store.html",
+        path,
+        data=data,
+        groups={name: [_tile(tile) for tile in tiles] for name, tiles in data.galleries.items()},
+        histogram=charts.histogram_chart(data.hu_edges, data.hu_counts),
+    )
+
+
+def _write(template: str, path: Path, **values: object) -> None:
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("raysynth.report"), autoescape=select_autoescape()
+    )
+    low, high = DISPLAY_WINDOW_HU
+    page = environment.get_template(template).render(window=f"{low:g} to {high:g} HU", **values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+
+
+_GALLERIES = ("nodules", "real", "synthetic", "denoising")
+
+
+def _tile(tile: Tile) -> dict[str, object]:
+    height, width = tile.hu.shape
+    return {
+        "png": png_data_uri(grey(tile.hu)),
+        "overlay": overlay_svg(tile.layout, tile.box),
+        "width": width,
+        "height": height,
+        "caption": tile.caption,
+    }
+
+
+def _metric_chart(row: MetricRow) -> str:
+    sets = {
+        "floor": row.floor,
+        "synthetic": row.value,
+        "shuffled conditions": row.shuffled,
+        "untrained": row.untrained,
+    }
+    return charts.metric_chart(
+        row.key,
+        [
+            (name, entry[0], (entry[1], entry[2]), name == "synthetic")
+            for name, entry in sets.items()
+            if entry is not None
+        ],
+    )
+
+
+def _row(row: MetricRow) -> dict[str, str]:
+    def text(entry: tuple[float, float, float] | None) -> str:
+        return "-" if entry is None else "{:.4g} [{:.4g}, {:.4g}]".format(*entry)
+
+    return {
+        "key": row.key,
+        "value": text(row.value),
+        "floor": text(row.floor),
+        "untrained": text(row.untrained),
+        "shuffled": text(row.shuffled),
+    }

@@ -1,0 +1,1 @@
+"""Drawing synthetic samples: the engine that denoises, and the runs that feed it."""

@@ -1,0 +1,274 @@
+"""Batch synthesis: a plan of samples, drawn by Ray Data actors into the store, shard by shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from raysynth import __version__
+from raysynth.config import ExperimentConfig, SamplingConfig
+from raysynth.config.experiment import CONTROL_SUFFIXES, SHUFFLED, UNTRAINED
+from raysynth.data.units import write_units
+from raysynth.errors import InputError
+from raysynth.models.bundle import load_bundle
+from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.planner import PlannedSample, plan_samples, shuffle_conditions
+from raysynth.seeding import fingerprint
+from raysynth.store.reader import SampleSet, open_group
+from raysynth.store.repository import main_snapshot, open_root
+from raysynth.store.run import StoreRun
+from raysynth.store.writer import create_sample_set, set_index, write_rows
+from storage_schema.v1 import synthetic_run
+
+
+@dataclass(frozen=True)
+class SynthesisSummary:
+    """What one synthesis did.
+
+    Attributes:
+        run: its group below `synthetic/`.
+        samples: in the run, without its controls.
+        drawn: by this call, controls included; fewer when it resumed.
+        samples_per_s: rate of this call.
+        seconds: wall time.
+        snapshot: what main points to afterwards.
+    """
+
+    run: str
+    samples: int
+    drawn: int
+    samples_per_s: float
+    seconds: float
+    snapshot: str
+
+
+def synthesize(config: ExperimentConfig) -> SynthesisSummary:
+    """Draws the recipe's samples, and the controls that its evaluation wants.
+
+    The same command resumes after any crash; a finished run is left as it is.
+
+    Raises:
+        InputError: no bundle, no sample set, one that does not fit the other, or a run of this
+            name that was drawn from another plan.
+    """
+    started = time.monotonic()
+    samples = _sample_set(config)
+    digest = _bundle_digest(config, samples)
+    mark = _fingerprint(config, samples, digest)
+    drawn, snapshot = 0, main_snapshot(config.store_url)
+    if not _is_there(config, mark):
+        drawn, snapshot = _write(config, samples, digest, mark)
+    seconds = time.monotonic() - started
+    return SynthesisSummary(
+        run=config.name,
+        samples=config.sampling.num_samples,
+        drawn=drawn,
+        samples_per_s=drawn / seconds,
+        seconds=seconds,
+        snapshot=snapshot,
+    )
+
+
+def _write(config: ExperimentConfig, samples: SampleSet, digest: str, mark: str) -> tuple[int, str]:
+    """Draws what is missing and publishes the run; returns the samples drawn and the snapshot."""
+    plans = _plans(config, samples)
+    units = dict(_units(plans, samples.rows_per_shard))
+    with StoreRun(config.store_url, verb="synthesize", fingerprint=mark) as run:
+        if run.is_new:
+            attributes = _attributes(config, samples, digest, mark)
+            run.declare(
+                lambda root: _declare(root, plans, samples, attributes), f"{config.name} planned"
+            )
+        drawn = sum(len(unit.plan) for key, unit in units.items() if key not in run.completed)
+        write_units(
+            run,
+            units,
+            _Drawer(config.bundle_path, config.sampling, config.seed),
+            stage="synthesize",
+            noun="shards",
+            num_actors=config.sampling.num_actors,
+            num_cpus=config.sampling.threads_per_actor,
+            num_gpus=int(config.sampling.use_gpu),
+        )
+        planned = sum(map(len, plans.values()))
+        return drawn, run.publish(f"{planned} samples in synthetic/{config.name} and its controls")
+
+
+Plan = list[tuple[PlannedSample, PlannedSample]]
+"""For every sample what it is drawn under, and what it is recorded as."""
+
+
+def _plans(config: ExperimentConfig, samples: SampleSet) -> dict[str, Plan]:
+    asked = plan_samples(config, samples)
+    plans = {config.name: list(zip(asked, asked, strict=True))}
+    if config.evaluation.controls:
+        count = config.evaluation.num_control_samples or len(asked)
+        few = asked[:count]
+        plans[config.name + UNTRAINED] = list(zip(few, few, strict=True))
+        if len(few) > 1:
+            shuffled = shuffle_conditions(few)
+            plans[config.name + SHUFFLED] = list(zip(shuffled, few, strict=True))
+    return plans
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard of one run: what an actor draws and writes in one go."""
+
+    run: str
+    first_row: int
+    plan: Plan
+    untrained: bool
+
+
+def _units(plans: dict[str, Plan], rows_per_shard: int) -> Iterator[tuple[str, Unit]]:
+    for name, plan in plans.items():
+        for first in range(0, len(plan), rows_per_shard):
+            unit = Unit(name, first, plan[first : first + rows_per_shard], name.endswith(UNTRAINED))
+            yield f"{name}/rows-{first}", unit
+
+
+@dataclass(frozen=True)
+class _Drawer:
+    """Draws, measures and writes a shard. Each actor has a copy, and loads the bundle once."""
+
+    bundle_path: Path
+    sampling: SamplingConfig
+    seed: int
+
+    @cached_property
+    def sampler(self) -> SliceSampler:
+        return SliceSampler(self.bundle_path, self.sampling, self.seed)
+
+    def __call__(self, root: zarr.Group, unit: Unit) -> None:
+        drawn, asked = zip(*unit.plan, strict=True)
+        hu = self.sampler.draw(drawn, untrained=unit.untrained)
+        measured = self.sampler.measure(hu, asked)
+        found = np.array([one.found for one in measured], np.uint8)
+        diameter_mm = np.array([one.diameter_mm for one in measured], np.float32)
+        contrast_hu = np.array([one.contrast_hu for one in measured], np.float32)
+        arrays = {
+            "hu": hu,
+            "layout": np.stack([one.condition.layout for one in asked]),
+            "index/batch_shape": np.full(len(asked), self.sampler.batch_shape, np.int16),
+            "index/found": found,
+            "index/accepted": found,
+            "index/measured_diameter_mm": np.where(found, diameter_mm, np.float32(np.nan)),
+            "index/measured_contrast_hu": np.where(found, contrast_hu, np.float32(np.nan)),
+        }
+        write_rows(open_group(root, f"synthetic/{unit.run}"), unit.first_row, arrays)
+
+
+def _sample_set(config: ExperimentConfig) -> SampleSet:
+    name = config.data.samples.name
+    root = open_root(config.store_url)
+    return SampleSet(open_group(root, f"samples/{name}"))
+
+
+def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
+    """The digest of the recipe's bundle, which must draw what the sample set holds."""
+    bundle = load_bundle(config.bundle_path)
+    for what, of_bundle, of_set in (
+        ("samples of size", bundle.samples.size, samples.shape[-1]),
+        ("pixels of mm", round(bundle.samples.pixel_mm, 6), round(samples.pixel_mm, 6)),
+        ("intensity", bundle.intensity, samples.attrs["intensity"]),
+    ):
+        if of_bundle != of_set:
+            raise InputError(
+                f"bundle {config.bundle_path} draws {what} {of_bundle}, but sample set "
+                f"{config.data.samples.name} has {of_set}: use the set that it was trained on"
+            )
+    return bundle.digest
+
+
+def _fingerprint(config: ExperimentConfig, samples: SampleSet, digest: str) -> str:
+    """Of all that decides what is drawn; actors and devices do not."""
+    decisive = {
+        "num_samples",
+        "sampler",
+        "num_inference_steps",
+        "guidance_scale",
+        "prior",
+        "batch_size",
+    }
+    return fingerprint(
+        {
+            "bundle": digest,
+            "samples": [samples.attrs["fingerprint"], config.data.samples.model_dump()],
+            "run": config.name,
+            "seed": config.seed,
+            "sampling": config.sampling.model_dump(include=decisive),
+            "controls": config.evaluation.model_dump(include={"controls", "num_control_samples"}),
+        }
+    )
+
+
+def _is_there(config: ExperimentConfig, mark: str) -> bool:
+    """Whether the run is published already, drawn from the same plan."""
+    group = open_root(config.store_url).get(f"synthetic/{config.name}")
+    if group is None:
+        return False
+    if group.attrs["plan"] != mark:
+        raise InputError(
+            f"synthetic/{config.name} was drawn by another bundle or plan: give this run another "
+            "name (--set name=...) or use a new store"
+        )
+    return True
+
+
+def _attributes(
+    config: ExperimentConfig, samples: SampleSet, digest: str, mark: str
+) -> dict[str, Any]:
+    passport = {
+        "synthetic": True,
+        "purpose": "research only",
+        "software": f"raysynth {__version__}",
+        "bundle": digest,
+        "recipe": config.name,
+        "seed": config.seed,
+        "sampling": config.sampling.model_dump(mode="json"),
+    }
+    return {
+        "kind": "slices",
+        "pixel_mm": samples.pixel_mm,
+        "intensity": samples.attrs["intensity"],
+        "cases": samples.attrs["cases"],
+        "parent_snapshot": main_snapshot(config.store_url),
+        "bundle": digest,
+        "plan": mark,
+        "source_set": config.data.samples.name,
+        "passport": passport,
+    }
+
+
+def _declare(
+    root: zarr.Group, plans: dict[str, Plan], samples: SampleSet, attributes: dict[str, Any]
+) -> None:
+    """Makes the runs' groups with everything that is known before drawing."""
+    for name, plan in plans.items():
+        asked = [recorded for _, recorded in plan]
+        control = name.rpartition("_")[2] if name.endswith(CONTROL_SUFFIXES) else None
+        own = attributes | {"passport": attributes["passport"] | {"control": control}}
+        spec = synthetic_run(len(plan), samples.shape)
+        group = create_sample_set(root, f"synthetic/{name}", spec, own)
+        sources = np.array([one.source_sample for one in asked])
+        set_index(
+            group,
+            {
+                "box": np.array([one.condition.box for one in asked]),
+                "attributes": np.array([one.condition.attributes for one in asked]),
+                "has_nodule": np.ones(len(asked)),
+                "split": samples.index["split"][sources],
+                "seed": np.array([one.seed for one in asked], np.uint64),
+                "source_sample": sources,
+                "source_case": samples.index["case"][sources],
+                "copied_fraction": np.zeros(len(asked)),
+            },
+        )

@@ -1,0 +1,154 @@
+"""A bundle ready to draw slices: requests in, HU and measurements out. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raysynth.config import SamplingConfig
+from raysynth.diffusion.schedule import NoiseSchedule
+from raysynth.errors import InputError
+from raysynth.models.bundle import Bundle, load_bundle
+from raysynth.models.denoiser import LatentDenoiser, build_denoiser
+from raysynth.preprocess.window import denormalize
+from raysynth.sampling.adherence import NODULE_LUNG_LABELS, Measurement, find_nodule
+from raysynth.sampling.engine import SampleRequest, SamplingEngine
+from raysynth.sampling.planner import PlannedSample
+from raysynth.seeding import seed_of
+
+
+class SliceSampler:
+    """Draws planned slices with one bundle under one set of sampling settings.
+
+    Networks and decoder run at one batch shape each, so that a slice's bits follow from its plan
+    alone.
+    """
+
+    def __init__(self, bundle_path: Path, sampling: SamplingConfig, seed: int) -> None:
+        """Loads the bundle.
+
+        Args:
+            bundle_path: a latent diffusion bundle.
+            sampling: sampler, steps, guidance and slots.
+            seed: of the recipe; an untrained network's weights follow from it.
+        """
+        self.sampling = sampling
+        self.seed = seed
+        self.device = torch.device("cuda" if sampling.use_gpu else "cpu")
+        if not sampling.use_gpu:
+            torch.set_num_threads(sampling.threads_per_actor)
+        self.bundle = load_bundle(bundle_path)
+        if self.bundle.denoiser is None:
+            raise InputError(f"bundle {bundle_path} is an autoencoder: it draws nothing by itself")
+        self.bundle.autoencoder.to(self.device).eval()
+        self._engines: dict[bool, SamplingEngine] = {}
+
+    @property
+    def batch_shape(self) -> int:
+        """Rows of every network call, by which a slice is reproducible."""
+        return self._engine(untrained=False).batch_shape
+
+    def draw(
+        self, planned: Sequence[PlannedSample], *, untrained: bool = False
+    ) -> NDArray[np.int16]:
+        """HU of planned slices, (n, y, x), in their order.
+
+        Args:
+            planned: what to draw.
+            untrained: draw with fresh weights instead, as a control.
+        """
+        row = {one.sample_id: number for number, one in enumerate(planned)}
+        latents: list[torch.Tensor] = [torch.empty(0)] * len(planned)
+        for finished in self._engine(untrained).run(self._requests(planned)):
+            latents[row[finished.sample_id]] = finished.x_0
+        return self._decode(torch.stack(latents))
+
+    def denoising(
+        self, planned: PlannedSample, num_frames: int
+    ) -> tuple[list[int], NDArray[np.int16]]:
+        """How one slice emerges.
+
+        Returns:
+            Evenly spread steps, and the estimates of the finished slice after them, (frames, y, x).
+        """
+        engine = self._engine(untrained=False)
+        steps = self.sampling.num_inference_steps
+        shown = np.linspace(1, steps, min(num_frames, steps)).round().astype(int).tolist()
+        engine.admit(next(iter(self._requests([planned]))))
+        frames = []
+        for step in range(1, steps + 1):
+            engine.step()
+            if step in shown:
+                frames.append(engine.estimates()[0].clone())
+        engine.retire()
+        return shown, self._decode(torch.stack(frames))
+
+    def measure(
+        self, hu: NDArray[np.int16], asked: Sequence[PlannedSample]
+    ) -> tuple[Measurement, ...]:
+        """Looks in every slice for the nodule that was asked for."""
+        pixel_mm = self.bundle.samples.pixel_mm
+        measurements = []
+        for image, one in zip(hu, asked, strict=True):
+            layout, box = one.condition.layout, one.condition.box
+            assert layout is not None
+            assert box is not None
+            lung = np.isin(layout, NODULE_LUNG_LABELS)
+            measurements.append(find_nodule(image, lung, box, pixel_mm))
+        return tuple(measurements)
+
+    def _requests(self, planned: Iterable[PlannedSample]) -> Iterator[SampleRequest]:
+        for one in planned:
+            yield SampleRequest(
+                one.sample_id,
+                one.seed,
+                one.condition,
+                self.sampling.sampler,
+                self.sampling.num_inference_steps,
+                self.sampling.guidance_scale,
+            )
+
+    @torch.inference_mode()
+    def _decode(self, latents: torch.Tensor) -> NDArray[np.int16]:
+        size = self.sampling.batch_size
+        images = []
+        for start in range(0, len(latents), size):
+            batch = latents[start : start + size]
+            padded = torch.zeros(size, *batch.shape[1:], device=self.device)
+            padded[: len(batch)] = batch
+            decoded = self.bundle.autoencoder.decode(padded / self.bundle.latent_scale)
+            images.append(decoded[: len(batch), 0].float().cpu().numpy())
+        return denormalize(np.concatenate(images), self.bundle.window_hu)
+
+    def _engine(self, untrained: bool) -> SamplingEngine:
+        if untrained not in self._engines:
+            self._engines[untrained] = self._make_engine(untrained)
+        return self._engines[untrained]
+
+    def _make_engine(self, untrained: bool) -> SamplingEngine:
+        bundle = self.bundle
+        denoiser = _fresh(bundle, self.seed) if untrained else bundle.denoiser
+        assert denoiser is not None
+        config = bundle.diffusion
+        return SamplingEngine(
+            denoiser,
+            NoiseSchedule.from_config(config),
+            config.prediction_type,
+            bundle.latent_shape,
+            bundle.samples.size,
+            self.sampling.batch_size,
+            guided=self.sampling.guidance_scale != 1,
+            device=self.device,
+        )
+
+
+def _fresh(bundle: Bundle, seed: int) -> LatentDenoiser:
+    """The bundle's network before any training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("untrained", seed))
+        channels, size, _ = bundle.latent_shape
+        return build_denoiser(bundle.diffusion, channels, size)

@@ -1,0 +1,256 @@
+"""Step-level batching: samples share network calls whatever their sampler, steps and position.
+
+A sample is its seed. Every slot draws its noise from its own generator, and the network always runs
+at one batch shape, with idle slots padded, so a sample's bits depend on its request and that shape
+alone: not on its mates, its slot or its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raysynth.condition import Condition
+from raysynth.diffusion.samplers import SamplerName, StepTable, sampler_step, step_table
+from raysynth.diffusion.schedule import NoiseSchedule, PredictionType, x_0_weights
+from raysynth.errors import InputError
+from raysynth.models.conditioner import EncodedCondition, collate
+
+if TYPE_CHECKING:
+    from raysynth.models.denoiser import LatentDenoiser
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One sample to draw.
+
+    Attributes:
+        sample_id: handed back with the result.
+        seed: all its noise follows from it (on one kind of device).
+        condition: what it should show.
+        sampler: which sampler.
+        num_inference_steps: network calls.
+        guidance_scale: 1 follows the condition as trained; more needs a guided engine.
+    """
+
+    sample_id: str
+    seed: int
+    condition: Condition
+    sampler: SamplerName
+    num_inference_steps: int
+    guidance_scale: float = 1.0
+
+
+class FinishedSample(NamedTuple):
+    """A result.
+
+    Attributes:
+        sample_id: as in the request.
+        x_0: scaled latents (c, h, w) on the engine's device.
+        batch_shape: rows of the network calls that made it; its bits are fixed at this shape.
+    """
+
+    sample_id: str
+    x_0: Tensor
+    batch_shape: int
+
+
+@dataclass
+class _Course:
+    """What the host knows of a busy slot; the device keeps the rest."""
+
+    sample_id: str
+    generator: torch.Generator
+    is_stochastic: bool
+    steps_left: int
+
+
+class SamplingEngine:
+    """Advances up to `max_slots` samples together, one network call a step.
+
+    A guided engine evaluates the condition and the null condition of each slot in the same call of
+    2 * max_slots rows. Nothing in `step` waits for the device.
+    """
+
+    _x_t: Tensor  # (slots, c, h, w), like the two below
+    _x_0: Tensor
+    _noise: Tensor
+    _guidance: Tensor  # (slots, 1, 1, 1)
+    _timesteps: Tensor  # (slots, num_train_timesteps + 1)
+    _weights: Tensor  # (slots, num_train_timesteps + 1, 6, 1, 1, 1)
+    _slots: Tensor  # (slots,), like the two below
+    _position: Tensor
+    _stride: Tensor
+    _encoded: EncodedCondition  # (batch_shape, ...)
+
+    def __init__(
+        self,
+        denoiser: LatentDenoiser,
+        schedule: NoiseSchedule,
+        prediction_type: PredictionType,
+        latent_shape: tuple[int, int, int],
+        sample_size: int,
+        max_slots: int,
+        *,
+        guided: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Makes an engine with all slots idle.
+
+        Args:
+            denoiser: the network; moved to `device` and put into evaluation mode.
+            schedule: noise levels the network was trained on.
+            prediction_type: what the network predicts.
+            latent_shape: (c, h, w) of a sample.
+            sample_size: pixels along a decoded sample's side, the grid of conditions.
+            max_slots: samples a call; fixes the batch shape.
+            guided: whether requests may ask for a guidance_scale other than 1.
+            device: where to compute.
+        """
+        self.denoiser = denoiser.to(device).eval()
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        self.sample_size = sample_size
+        self.max_slots = max_slots
+        self.guided = guided
+        self.device = torch.device(device)
+        self._courses: list[_Course | None] = [None] * max_slots
+        self._finished: list[FinishedSample] = []
+        with torch.inference_mode():
+            self._allocate(latent_shape)
+
+    @property
+    def batch_shape(self) -> int:
+        """Rows of every network call."""
+        return self.max_slots * (2 if self.guided else 1)
+
+    @property
+    def num_busy(self) -> int:
+        """Slots that hold an unfinished sample."""
+        return sum(course is not None for course in self._courses)
+
+    @torch.inference_mode()
+    def admit(self, request: SampleRequest) -> bool:
+        """Starts a sample in a free slot; False if there is none.
+
+        Raises:
+            InputError: its condition, steps or guidance do not fit this model or engine.
+        """
+        if None not in self._courses:
+            return False
+        if request.guidance_scale != 1 and not self.guided:
+            raise InputError(
+                f"guidance_scale {request.guidance_scale} of sample {request.sample_id}: this "
+                "engine runs without guidance; make it with guided=True"
+            )
+        table = step_table(request.sampler, self.schedule, request.num_inference_steps)
+        condition = collate([request.condition], self.sample_size).to(self.device)
+        encoded = self.denoiser.encode(condition)
+        slot = self._courses.index(None)
+        generator = torch.Generator(self.device).manual_seed(request.seed)
+        self._courses[slot] = _Course(
+            request.sample_id, generator, table.is_stochastic, request.num_inference_steps
+        )
+        self._put_condition(slot, encoded)
+        self._put_table(slot, table)
+        self._guidance[slot] = request.guidance_scale
+        self._x_t[slot].normal_(generator=generator)
+        self._x_0[slot] = 0
+        return True
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Advances every busy slot by one network call; finished ones wait for `retire`."""
+        for slot, course in enumerate(self._courses):
+            if course is not None and course.is_stochastic:
+                self._noise[slot].normal_(generator=course.generator)
+        timestep = self._timesteps[self._slots, self._position]
+        p, q, a, b, c, d = self._weights[self._slots, self._position].unbind(1)
+        x_0 = torch.addcmul(p * self._x_t, q, self._predict(timestep))
+        self._x_t = sampler_step((a, b, c, d), self._x_t, x_0, self._x_0, self._noise)
+        self._x_0 = x_0
+        self._position += self._stride
+        self._collect()
+
+    def retire(self) -> list[FinishedSample]:
+        """Hands back the samples that have finished since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def estimates(self) -> Tensor:
+        """Each slot's estimate of x_0 after its last step, (slots, c, h, w): for previews."""
+        return self._x_0
+
+    def run(self, requests: Iterable[SampleRequest]) -> Iterator[FinishedSample]:
+        """Draws all requests, in order of completion, with the slots kept full.
+
+        Give requests of many steps first: at the end they would leave most slots idle.
+        """
+        waiting = iter(requests)
+        request = next(waiting, None)
+        while request is not None or self.num_busy:
+            while request is not None and self.admit(request):
+                request = next(waiting, None)
+            self.step()
+            yield from self.retire()
+
+    def _allocate(self, latent_shape: tuple[int, int, int]) -> None:
+        """The slots' state on the device. The row after the last step is the idle one: all zero."""
+        slots, rows = self.max_slots, self.schedule.num_train_timesteps + 1
+        axes = (1,) * len(latent_shape)
+        self._x_t, self._x_0, self._noise = torch.zeros(
+            3, slots, *latent_shape, device=self.device
+        ).unbind()
+        self._guidance = torch.ones(slots, *axes, device=self.device)
+        self._timesteps = torch.zeros(slots, rows, dtype=torch.int64, device=self.device)
+        self._weights = torch.zeros(slots, rows, 6, *axes, device=self.device)
+        self._slots = torch.arange(slots, device=self.device)
+        self._position = torch.full((slots,), rows - 1, device=self.device)
+        self._stride = torch.zeros_like(self._position)
+        null = collate([Condition()] * self.batch_shape, self.sample_size).to(self.device)
+        encoded = self.denoiser.encode(null)
+        context = None if encoded.context is None else encoded.context.clone()
+        self._encoded = EncodedCondition(encoded.channels.clone(), context)
+
+    def _put_condition(self, slot: int, encoded: EncodedCondition) -> None:
+        """Fills a slot's conditional row; the null rows of a guided engine never change."""
+        self._encoded.channels[slot] = encoded.channels[0]
+        if self._encoded.context is not None and encoded.context is not None:
+            self._encoded.context[slot] = encoded.context[0]
+
+    def _put_table(self, slot: int, table: StepTable) -> None:
+        """Writes a slot's course, with the weights that turn predictions into x_0 before a-d."""
+        steps = len(table.timesteps)
+        to_x_0 = x_0_weights(self.prediction_type, self.schedule.alphas_cumprod[table.timesteps])
+        weights = torch.cat([torch.stack(to_x_0, dim=1), table.weights], dim=1)
+        self._timesteps[slot, :steps] = table.timesteps.to(self.device)
+        self._weights[slot, :steps] = weights.float().to(self.device).view(steps, 6, 1, 1, 1)
+        self._position[slot] = 0
+        self._stride[slot] = 1
+
+    def _predict(self, timestep: Tensor) -> Tensor:
+        """The network's prediction, guided where asked for (Ho & Salimans 2022, eq. 6)."""
+        if not self.guided:
+            return self.denoiser.predict(self._x_t, timestep, self._encoded)
+        prediction = self.denoiser.predict(
+            torch.cat([self._x_t, self._x_t]), torch.cat([timestep, timestep]), self._encoded
+        )
+        conditional, null = prediction.chunk(2)
+        return torch.addcmul(null, self._guidance, conditional - null)
+
+    def _collect(self) -> None:
+        """Takes the samples that have made their last step out of their slots."""
+        for slot, course in enumerate(self._courses):
+            if course is None:
+                continue
+            course.steps_left -= 1
+            if course.steps_left == 0:
+                x_0 = self._x_t[slot].clone()
+                self._finished.append(FinishedSample(course.sample_id, x_0, self.batch_shape))
+                self._courses[slot] = None
+                self._position[slot] = self.schedule.num_train_timesteps
+                self._stride[slot] = 0

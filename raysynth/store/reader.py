@@ -1,0 +1,273 @@
+"""Reads cases and samples of an open store."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from raysynth.case import Case, Intensity, Nodule, Split
+from raysynth.errors import DamagedStore, InputError
+from raysynth.seeding import fingerprint
+from raysynth.store.shards import REMEDY, ShardedArray
+from raysynth.volume import Triple, Volume
+from storage_schema.v1 import sample_set, synthetic_run
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class VolumeAttrs:
+    """All about a stored case but its voxels.
+
+    Attributes:
+        shape: voxels along (z, y, x).
+        lung_zyx: half-open bounding box of the lungs; None if the layout shows none.
+        lung_planes: half-open ranges of planes that show any lung.
+
+    The others are those of `raysynth.case.Case` and `raysynth.volume.Volume`.
+    """
+
+    case_id: str
+    patient_key: str
+    split: Split
+    intensity: Intensity
+    shape: tuple[int, int, int]
+    spacing_mm: Triple
+    origin_mm: Triple
+    direction: NDArray[np.float64]
+    nodules: tuple[Nodule, ...]
+    source: dict[str, str | float]
+    lung_zyx: tuple[Range, Range, Range] | None
+    lung_planes: tuple[Range, ...]
+
+
+def case_ids(root: zarr.Group) -> list[str]:
+    """Ids of all stored cases, sorted."""
+    return sorted(open_group(root, "volumes").group_keys())
+
+
+def case_attrs(root: zarr.Group, case_id: str) -> VolumeAttrs:
+    """What is known of a case, without reading its voxels.
+
+    Raises:
+        InputError: the store has no such case.
+        DamagedStore: a checksum does not fit.
+    """
+    group = open_group(root, f"volumes/{case_id}")
+    attributes = checked_attributes(group)
+    hu = ShardedArray(root.store, f"volumes/{case_id}/hu")
+    z, y, x = hu.shape
+    box = attributes["lung_zyx"]
+    return VolumeAttrs(
+        case_id=case_id,
+        patient_key=attributes["patient_key"],
+        split=attributes["split"],
+        intensity=attributes["intensity"],
+        shape=(z, y, x),
+        spacing_mm=_triple(attributes["spacing_mm"]),
+        origin_mm=_triple(attributes["origin_mm"]),
+        direction=np.array(attributes["direction"], np.float64).reshape(3, 3),
+        nodules=tuple(_nodule(nodule) for nodule in attributes["nodules"]),
+        source=attributes["source"],
+        lung_zyx=None if box is None else (_range(box[0]), _range(box[1]), _range(box[2])),
+        lung_planes=tuple(_range(planes) for planes in attributes["lung_planes"]),
+    )
+
+
+def read_case(root: zarr.Group, case_id: str) -> Case:
+    """A stored case with its voxels.
+
+    Raises:
+        InputError: the store has no such case.
+        DamagedStore: a checksum does not fit.
+    """
+    attributes = case_attrs(root, case_id)
+    path = f"volumes/{case_id}"
+    layout = None
+    if "layout" in open_group(root, path):
+        layout = ShardedArray(root.store, f"{path}/layout").read()
+    return Case(
+        case_id=case_id,
+        patient_key=attributes.patient_key,
+        split=attributes.split,
+        volume=Volume(
+            ShardedArray(root.store, f"{path}/hu").read(),
+            attributes.spacing_mm,
+            attributes.origin_mm,
+            attributes.direction,
+        ),
+        nodules=attributes.nodules,
+        layout=layout,
+        intensity=attributes.intensity,
+        source=attributes.source,
+    )
+
+
+class SampleSet:
+    """Samples of one shape: a sample set, the latents of one, or a synthetic run. Picklable.
+
+    Attributes:
+        group: the read-only group.
+        attrs: its attributes.
+    """
+
+    def __init__(self, group: zarr.Group) -> None:
+        """Opens the set; reads nothing but metadata."""
+        self.group = group
+        self.attrs = checked_attributes(group)
+        self._arrays: dict[str, ShardedArray] = {}
+
+    @cached_property
+    def _main(self) -> ShardedArray:
+        return self._array("hu" if "hu" in self.group else "latents")
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self._main.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self._main.shape[1:]
+
+    @property
+    def pixel_mm(self) -> float:
+        """Side of one pixel in millimetres."""
+        return float(self.attrs["pixel_mm"])
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Samples of one shard; the last one may have fewer."""
+        return self._main.shard[0]
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return math.ceil(self.count / self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> tuple[int, int]:
+        """First row of a shard, and the row after its last."""
+        start = shard * self.rows_per_shard
+        return start, min(start + self.rows_per_shard, self.count)
+
+    @cached_property
+    def index(self) -> Mapping[str, NDArray]:
+        """The index columns: name without `index/` -> one value or row of values a sample.
+
+        A column is read when it is first asked for, and kept.
+
+        Raises:
+            DamagedStore: when it is asked for: a checksum does not fit, or some of it was never
+                written.
+        """
+        return _Columns(self)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray:
+        """Rows [start, stop) of an array (`hu`, `layout`, `latents`).
+
+        Whole shards are the fast way: any part of one costs the transfer of all of it.
+
+        Raises:
+            DamagedStore: a checksum does not fit.
+        """
+        return self._array(name).read(start, stop)
+
+    def _array(self, name: str) -> ShardedArray:
+        if name not in self._arrays:
+            self._arrays[name] = ShardedArray(self.group.store, f"{self.group.path}/{name}")
+        return self._arrays[name]
+
+
+class _Columns(Mapping[str, NDArray]):
+    """Index columns of a sample set, read one by one when they are needed."""
+
+    def __init__(self, samples: SampleSet) -> None:
+        self._samples = samples
+        self._columns: dict[str, NDArray] = {}
+        # From the schema, not from a listing: a damaged name must not make a column vanish.
+        kind = samples.group.path.partition("/")[0]
+        specs = {"samples": sample_set, "synthetic": synthetic_run}
+        arrays = specs[kind](1, (1, 1)).arrays if kind in specs else ()
+        columns = (array.name.partition("index/")[2] for array in arrays)
+        self._names = sorted(filter(None, columns))
+
+    def __getitem__(self, name: str) -> NDArray:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._columns:
+            path = f"index/{name}"
+            if path not in self._samples.group:
+                group = self._samples.group.path
+                raise DamagedStore(f"{group} has lost its column {path}: {REMEDY}")
+            self._columns[name] = self._samples.read(path)
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_group(root: zarr.Group, path: str) -> zarr.Group:
+    """A group below `root`.
+
+    Raises:
+        InputError: there is none; the message lists what is beside it.
+    """
+    group = root.get(path)
+    if isinstance(group, zarr.Group):
+        return group
+    parent, _, name = path.rpartition("/")
+    above = root.get(parent) if parent else root
+    beside = sorted(above.group_keys()) if isinstance(above, zarr.Group) else []
+    shown = ", ".join(beside[:10]) + (", ..." if len(beside) > 10 else "")
+    raise InputError(f"the store has no {name!r} in /{parent}; there is: {shown or 'nothing'}")
+
+
+def checked_attributes(group: zarr.Group) -> dict[str, Any]:
+    """The attributes of a case, a sample set, latents or a synthetic run.
+
+    Raises:
+        DamagedStore: they are not the ones that were written.
+    """
+    attributes: dict[str, Any] = group.attrs.asdict()
+    checksum = attributes.pop("checksum", None)
+    if checksum != fingerprint(attributes):
+        raise DamagedStore(
+            f"the attributes of {group.path} are damaged, their checksum does not fit: {REMEDY}"
+        )
+    return attributes
+
+
+def _nodule(attributes: dict[str, Any]) -> Nodule:
+    shape = tuple(attributes["shape"])
+    bits = np.frombuffer(base64.b64decode(attributes["voxels"]), np.uint8)
+    mask = np.unpackbits(bits, count=math.prod(shape), bitorder="little").astype(bool)
+    z, y, x = attributes["corner_zyx"]
+    return Nodule(
+        centre_zyx=_triple(attributes["centre_zyx"]),
+        corner_zyx=(z, y, x),
+        mask=mask.reshape(shape),
+        diameter_mm=attributes["diameter_mm"],
+        ratings=tuple(tuple(row) for row in attributes["ratings"]),
+    )
+
+
+def _triple(values: list[float]) -> Triple:
+    z, y, x = (float(value) for value in values)
+    return z, y, x
+
+
+def _range(values: list[int]) -> Range:
+    start, stop = values
+    return start, stop

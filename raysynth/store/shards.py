@@ -1,0 +1,231 @@
+"""Reads stored arrays: fetches a shard in one call, checks it, decodes its chunks in place.
+
+zarr-python reads the same arrays, several times slower. Only the store's own codecs are known here
+(sharding, blosc lz4, CRC32C), so a foreign array is refused and none of its codecs is ever run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import google_crc32c
+import icechunk
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+from zarr.abc.store import Store
+from zarr.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from raysynth.errors import DamagedStore, InputError
+from storage_schema.spec import CRC_BYTES, ITEM_BYTES, index_codecs, inner_codecs
+from storage_schema.v1 import MAX_SHARD_BYTES
+
+SHARDS_AT_ONCE = 16
+"""Shards fetched together: enough to hide an object store's delay, few enough for memory."""
+
+MAX_LENGTH = 2**40
+"""Of an axis."""
+
+ABSENT = 2**64 - 1
+"""Offset and length of a chunk that nobody has written."""
+
+CRC32C = np.dtype("<u4")
+
+REMEDY = "restore the store from a copy, or make it again"
+
+
+class ShardedArray:
+    """One stored array, read along its first axis.
+
+    Attributes:
+        path: of the array in the store.
+        shape: of the array.
+        dtype: of the array.
+        shard: shape of a shard.
+        chunk: shape of a chunk.
+    """
+
+    def __init__(self, store: Store, path: str) -> None:
+        """Reads the array's metadata.
+
+        Raises:
+            InputError: no such array, or one that raysynth did not write.
+        """
+        metadata = _read_metadata(store, path)
+        _refuse_foreign(metadata, path)
+        self.path, self._store = path, store
+        self.shape = tuple(metadata["shape"])
+        self.shard = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+        self.chunk = tuple(metadata["codecs"][0]["configuration"]["chunk_shape"])
+        self.dtype = np.dtype(metadata["data_type"])
+        self._check_shapes()
+
+    def read(self, start: int = 0, stop: int | None = None) -> NDArray:
+        """Rows [start, stop) of the first axis, whole along the other axes.
+
+        Args:
+            start: first row.
+            stop: row after the last; None: to the end.
+
+        Raises:
+            DamagedStore: a checksum does not fit, or rows were never written.
+        """
+        stop = self.shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"rows [{start}, {stop}) of {self.shape[0]} in {self.path}")
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        positions = self._shards_of(start, stop)
+        while batch := list(itertools.islice(positions, SHARDS_AT_ONCE)):
+            for position, data in zip(batch, self._fetch(batch), strict=True):
+                if data is None:
+                    raise DamagedStore(f"{self._where(position)} was never written: {REMEDY}")
+                self._decode(data, position, start, out)
+        return out
+
+    def _check_shapes(self) -> None:
+        shapes = (self.shape, self.shard, self.chunk)
+        fits = len({len(shape) for shape in shapes}) == 1 and all(
+            chunk > 0 and shard > 0 and shard % chunk == 0
+            for chunk, shard in zip(self.chunk, self.shard, strict=True)
+        )
+        # A foreign array could ask for any amount of memory.
+        largest = max(math.prod(self.shard), math.prod(self.shape[1:])) * self.dtype.itemsize
+        if not fits or largest > 2 * MAX_SHARD_BYTES or max(self.shape) > MAX_LENGTH:
+            raise InputError(
+                f"array {self.path} has shape {self.shape}, shard {self.shard} and chunk "
+                f"{self.chunk}, which no raysynth writes: give a store made by raysynth"
+            )
+
+    def _shards_of(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
+        if start == stop:
+            return iter(())
+        first = range(start // self.shard[0], -(-stop // self.shard[0]))
+        others = (
+            range(-(-size // shard))
+            for size, shard in zip(self.shape[1:], self.shard[1:], strict=True)
+        )
+        return itertools.product(first, *others)
+
+    def _fetch(self, positions: Sequence[tuple[int, ...]]) -> list[NDArray[np.uint8] | None]:
+        keys = ["/".join((self.path, "c", *map(str, position))) for position in positions]
+        try:
+            return sync(_fetch_all(self._store, keys))
+        except (icechunk.IcechunkError, OSError) as error:
+            raise DamagedStore(
+                f"a shard of {self.path} cannot be read: {str(error).splitlines()[0].strip()}"
+            ) from error
+
+    def _decode(
+        self, data: NDArray[np.uint8], position: tuple[int, ...], start: int, out: NDArray
+    ) -> None:
+        """Decodes the chunks of one shard that fall into `out`, whose first row is `start`."""
+        grid = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
+        entries = _read_index(data, grid, self._where(position))
+        for place in np.ndindex(grid):
+            offset, size = (int(value) for value in entries[place])
+            origin = [
+                p * s + q * c
+                for p, s, q, c in zip(position, self.shard, place, self.chunk, strict=True)
+            ]
+            origin[0] -= start
+            target = tuple(
+                slice(max(o, 0), min(o + c, n))
+                for o, c, n in zip(origin, self.chunk, out.shape, strict=True)
+            )
+            inside = all(part.start < part.stop for part in target)
+            if not inside:
+                continue
+            if (offset, size) == (ABSENT, ABSENT):
+                raise DamagedStore(f"{self._where(position)} was written in part only: {REMEDY}")
+            if offset + size > data.size:
+                raise DamagedStore(f"{self._where(position)} is cut short: {REMEDY}")
+            encoded = data[offset : offset + size]
+            whole = out[target]
+            if whole.shape == self.chunk and whole.flags.c_contiguous:
+                self._decode_chunk(encoded, whole, position)
+                continue
+            chunk = np.empty(self.chunk, self.dtype)
+            self._decode_chunk(encoded, chunk, position)
+            part = tuple(
+                slice(t.start - o, t.stop - o) for t, o in zip(target, origin, strict=True)
+            )
+            out[target] = chunk[part]
+
+    def _decode_chunk(
+        self, encoded: NDArray[np.uint8], chunk: NDArray, position: tuple[int, ...]
+    ) -> None:
+        payload = _without_checksum(encoded, self._where(position))
+        # Bytes 4-7 of a blosc buffer say how much it unpacks to, bytes 12-15 how long it is.
+        sizes = payload[4:16].tobytes()
+        unpacked, packed = (int.from_bytes(sizes[i : i + 4], "little") for i in (0, 8))
+        if (unpacked, packed) != (chunk.nbytes, payload.size):
+            raise DamagedStore(f"{self._where(position)} holds a chunk of a wrong size: {REMEDY}")
+        blosc.decompress(payload, chunk)
+
+    def _where(self, position: tuple[int, ...]) -> str:
+        return f"shard {list(position)} of {self.path}"
+
+
+async def _fetch_all(store: Store, keys: Sequence[str]) -> list[NDArray[np.uint8] | None]:
+    prototype = default_buffer_prototype()
+    buffers = await asyncio.gather(*(store.get(key, prototype) for key in keys))
+    return [None if buffer is None else buffer.as_numpy_array() for buffer in buffers]
+
+
+def _read_metadata(store: Store, path: str) -> dict[str, Any]:
+    [data] = sync(_fetch_all(store, [f"{path}/zarr.json"]))
+    if data is None:
+        raise InputError(f"the store has no array {path}")
+    try:
+        metadata: dict[str, Any] = json.loads(data.tobytes())
+    except ValueError as error:
+        raise DamagedStore(f"the metadata of {path} are damaged: {REMEDY}") from error
+    return metadata
+
+
+def _refuse_foreign(metadata: dict[str, Any], path: str) -> None:
+    """Raises unless every codec is the one that the schema gives to the data type."""
+    try:
+        [sharding] = metadata["codecs"]
+        options = sharding["configuration"]
+        ours = (
+            metadata["zarr_format"] == 3
+            and metadata["node_type"] == "array"
+            and metadata["data_type"] in ITEM_BYTES
+            and metadata["chunk_grid"]["name"] == "regular"
+            and metadata["chunk_key_encoding"]
+            == {"name": "default", "configuration": {"separator": "/"}}
+            and not metadata.get("storage_transformers")
+            and sharding["name"] == "sharding_indexed"
+            and options["codecs"] == inner_codecs(metadata["data_type"])
+            and options["index_codecs"] == index_codecs()
+            and options["index_location"] == "end"
+        )
+    except (KeyError, TypeError, ValueError):
+        ours = False
+    if not ours:
+        raise InputError(
+            f"array {path} is stored in a way that raysynth does not write, and is not decoded: "
+            f"give a store made by raysynth"
+        )
+
+
+def _read_index(data: NDArray[np.uint8], grid: tuple[int, ...], where: str) -> NDArray[np.uint64]:
+    """Offset and length of every chunk of a shard, shape (*grid, 2)."""
+    size = math.prod(grid) * 16 + CRC_BYTES
+    if data.size < size:
+        raise DamagedStore(f"{where} is cut short: {REMEDY}")
+    return _without_checksum(data[-size:], where).view("<u8").reshape(*grid, 2)
+
+
+def _without_checksum(data: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
+    payload, stored = data[:-CRC_BYTES], data[-CRC_BYTES:]
+    if payload.size == 0 or google_crc32c.value(payload) != int(stored.view(CRC32C)[0]):
+        raise DamagedStore(f"{where} is damaged, its checksum does not fit: {REMEDY}")
+    return payload

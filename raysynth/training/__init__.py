@@ -1,0 +1,1 @@
+"""Fits models: one loop for every objective, with or without Ray."""

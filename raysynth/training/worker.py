@@ -1,0 +1,263 @@
+"""From a recipe to a bundle, as one worker does it; knows nothing of Ray."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import zarr
+
+from raysynth.config import ExperimentConfig, LatentDiffusionConfig
+from raysynth.data.encode import latents_path
+from raysynth.data.stream import SampleStream
+from raysynth.errors import InputError
+from raysynth.models.autoencoder import build_autoencoder
+from raysynth.models.bundle import bundle_digest, load_bundle, read_facts, save_bundle
+from raysynth.models.denoiser import build_denoiser
+from raysynth.models.facts import BundleFacts
+from raysynth.seeding import fingerprint, seed_of
+from raysynth.store.reader import SampleSet, case_attrs, open_group
+from raysynth.store.repository import main_snapshot, open_root
+from raysynth.store.splits import is_indicative
+from raysynth.training.checkpoints import CheckpointFolder
+from raysynth.training.context import WorkerContext
+from raysynth.training.engines import choose_engine
+from raysynth.training.history import HISTORY_FILE
+from raysynth.training.loop import Outcome, RunFiles, fit
+from raysynth.training.objectives import AutoencoderObjective, LatentDiffusionObjective, Objective
+
+SUMMARY_FILE = "summary.json"
+
+FREE_FIELDS = {
+    "max_seen_samples",
+    "max_seconds",
+    "num_workers",
+    "use_gpu",
+    "threads_per_worker",
+    "engine",
+    "zero_stage",
+    "micro_batch_size",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "max_failures",
+}
+"""Training settings that a run may change when it is resumed: the weights do not follow from them.
+(A checkpoint's interval decides where a history's means begin, no more.)"""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What training left.
+
+    Attributes:
+        bundle: folder of the bundle.
+        digest: of the bundle.
+        seconds: of training, over all attempts, without start-up.
+        seen_samples: over all workers.
+        samples_per_s: of the last attempt.
+        final_loss: mean over the last logged interval; None if nothing was logged.
+        skipped_steps: steps whose gradient was not finite.
+        history: loss history, JSON lines.
+        engine: plain, ddp or deepspeed.
+        engine_reason: why that one.
+    """
+
+    bundle: Path
+    digest: str
+    seconds: float
+    seen_samples: int
+    samples_per_s: float
+    final_loss: float | None
+    skipped_steps: int
+    history: Path
+    engine: str
+    engine_reason: str
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known before a worker starts.
+
+    Attributes:
+        files: where the run lives, its fingerprint and data snapshot.
+        samples: path of the sample set in the store.
+        latents: path of its latents; None for models of images.
+    """
+
+    files: RunFiles
+    samples: str
+    latents: str | None
+
+
+def plan_run(config: ExperimentConfig) -> RunPlan:
+    """Finds everything a recipe trains on.
+
+    A run that was started before goes on with the snapshot it began with.
+
+    Raises:
+        InputError: a store, sample set, autoencoder or its latents is missing; says what to run.
+    """
+    samples = f"samples/{config.data.samples.name}"
+    root = open_root(config.store_url)
+    attributes = _attributes(root, samples, f"the store has no {samples}: run shard first")
+    for setting in ("spacing_mm", "field_of_view_mm", "pixel_mm"):
+        wanted = getattr(config.data.samples, setting)
+        if attributes[setting] != wanted:
+            raise InputError(
+                f"{samples} was cut with {setting} {attributes[setting]:g}, the recipe says "
+                f"{wanted:g}: give the recipe's own set another data.samples.name and run shard"
+            )
+    latents, digest = None, None
+    if isinstance(config.model, LatentDiffusionConfig):
+        read_facts(config.autoencoder_path)
+        digest = bundle_digest(config.autoencoder_path)
+        latents = latents_path(config, digest)
+        missing = f"the store has no latents of {samples} by {config.autoencoder_path}"
+        _attributes(root, latents, f"{missing}: run encode first")
+    identity = fingerprint(
+        {
+            "seed": config.seed,
+            "samples": attributes["fingerprint"],
+            "autoencoder": digest,
+            "model": config.model.model_dump(mode="json", exclude={"autoencoder"}),
+            "training": config.training.model_dump(mode="json", exclude=FREE_FIELDS),
+        }
+    )
+    folder = config.work_dir / "checkpoints" / config.name
+    checkpoint = CheckpointFolder(folder, config.training.keep_checkpoints).newest_valid()
+    snapshot = main_snapshot(config.store_url)
+    if checkpoint is not None and checkpoint.state["fingerprint"] == identity:
+        snapshot = checkpoint.state["snapshot"]
+    log = config.work_dir / "logs" / config.name
+    return RunPlan(RunFiles(folder, log, identity, snapshot), samples, latents)
+
+
+def finished_run(config: ExperimentConfig, plan: RunPlan) -> TrainSummary | None:
+    """The summary of this very run, if it has ended before and its bundle is still there."""
+    try:
+        saved = json.loads((plan.files.log / SUMMARY_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    same = saved["run"] == _run_identity(config, plan)
+    if not same or bundle_digest(config.bundle_path) != saved["summary"]["digest"]:
+        return None
+    paths = {name: Path(saved["summary"][name]) for name in ("bundle", "history")}
+    return TrainSummary(**saved["summary"] | paths)
+
+
+def train_and_bundle(
+    config: ExperimentConfig, plan: RunPlan, context: WorkerContext
+) -> TrainSummary | None:
+    """Trains as one worker of a group; rank 0 writes the bundle and returns the summary."""
+    torch.set_num_threads(config.training.threads_per_worker)
+    root = open_root(config.store_url, plan.files.snapshot)
+    samples = SampleSet(open_group(root, plan.samples))
+    latents = SampleSet(open_group(root, plan.latents)) if plan.latents else None
+    objective = build_objective(config, latents)
+    stream = SampleStream(
+        samples,
+        objective.columns,
+        seed=config.seed,
+        global_batch_size=config.training.global_batch_size,
+        open_shards=config.training.open_shards,
+        rank=context.rank,
+        world_size=context.world_size,
+        latents=latents,
+    )
+    outcome = fit(objective, stream, config.training, context, plan.files)
+    if context.rank != 0:
+        return None
+    digest = _save_bundle(config, plan, objective, samples, outcome)
+    engine, reason = choose_engine(config.training)
+    summary = TrainSummary(
+        bundle=config.bundle_path,
+        digest=digest,
+        seconds=outcome.now.seconds,
+        seen_samples=outcome.now.seen_samples,
+        samples_per_s=outcome.samples_per_s,
+        final_loss=outcome.now.loss,
+        skipped_steps=outcome.now.skipped_steps,
+        history=plan.files.log / HISTORY_FILE,
+        engine=engine,
+        engine_reason=reason,
+    )
+    saved = {"run": _run_identity(config, plan), "summary": asdict(summary)}
+    scratch = plan.files.log / f".{SUMMARY_FILE}"
+    scratch.write_text(json.dumps(saved, indent=1, default=str))
+    scratch.replace(plan.files.log / SUMMARY_FILE)
+    return summary
+
+
+def build_objective(config: ExperimentConfig, latents: SampleSet | None) -> Objective:
+    """The recipe's objective around a fresh network, whose weights follow from the seed alone."""
+    model = config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("weights", config.seed))
+        if not isinstance(model, LatentDiffusionConfig):
+            cells = config.data.samples.size // model.downsampling
+            shape = (model.latent_channels, cells, cells)
+            return AutoencoderObjective(
+                build_autoencoder(model), model.window_hu, shape, config.seed
+            )
+        assert latents is not None
+        channels, size, _ = latents.shape
+        return LatentDiffusionObjective(
+            build_denoiser(model, channels, size),
+            load_bundle(config.autoencoder_path).autoencoder,
+            latents.attrs["latent_scale"],
+            config=model,
+            seed=config.seed,
+        )
+
+
+def _save_bundle(
+    config: ExperimentConfig,
+    plan: RunPlan,
+    objective: Objective,
+    samples: SampleSet,
+    outcome: Outcome,
+) -> str:
+    """Writes the averaged weights with all that is known of them; returns the digest."""
+    root = open_root(config.store_url, plan.files.snapshot)
+    patients = {case_attrs(root, case_id).patient_key for case_id in samples.attrs["cases"]}
+    autoencoder, latent_scale = None, 1.0
+    autoencoder_weights, denoiser_weights = outcome.weights, None
+    if isinstance(objective, LatentDiffusionObjective):
+        autoencoder = read_facts(config.autoencoder_path).autoencoder_config
+        latent_scale = objective.latent_scale
+        autoencoder_weights = objective.autoencoder.state_dict()
+        denoiser_weights = outcome.weights
+    facts = BundleFacts(
+        model=config.model,
+        autoencoder=autoencoder,
+        latent_scale=latent_scale,
+        samples=config.data.samples,
+        intensity=samples.attrs["intensity"],
+        source=config.data.source.kind,
+        snapshot=plan.files.snapshot,
+        split=config.data.split,
+        indicative=is_indicative(len(patients)),
+        seen_samples=outcome.now.seen_samples,
+    )
+    return save_bundle(config.bundle_path, facts, autoencoder_weights, denoiser_weights)
+
+
+def _run_identity(config: ExperimentConfig, plan: RunPlan) -> dict[str, str | float | None]:
+    """What a finished run must have in common with a recipe to be its run."""
+    training = config.training
+    return {
+        "fingerprint": plan.files.fingerprint,
+        "max_seen_samples": training.max_seen_samples,
+        "max_seconds": training.max_seconds,
+    }
+
+
+def _attributes(root: zarr.Group, path: str, missing: str) -> dict[str, Any]:
+    group = root.get(path)
+    if group is None:
+        raise InputError(missing)
+    return group.attrs.asdict()

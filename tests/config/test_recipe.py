@@ -1,0 +1,78 @@
+"""Recipes: strict, early, and explained when refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raysynth.config import load_recipe, parse_recipe
+from raysynth.errors import InputError
+
+RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
+MINIMAL = "model: {family: autoencoder_kl}"
+
+BAD = {
+    "unknown key": ("model: {family: vqvae, chanels: 3}", [], "unknown key model.chanels; valid"),
+    "unknown section": (MINIMAL + "\ntrainin: 3", [], "unknown key trainin; valid keys"),
+    "unknown key in a union": (
+        MINIMAL,
+        ["data.source={kind: lidc, path: x, level: 1}"],
+        "unknown key data.source.level; valid keys there: kind, path, consensus_level",
+    ),
+    "union without its tag": (MINIMAL, ["data.source={path: x}"], "data.source: say which one by"),
+    "unknown family": ("model: {family: gan}", [], "'autoencoder_kl', 'vqvae'"),
+    "no model": ("seed: 1", [], "model is missing"),
+    "impossible size": (MINIMAL, ["data.samples.size=70"], "70 is not divisible by 4.*68 or 72"),
+    "negative seed": (MINIMAL, ["seed=-1"], "seed is -1"),
+    "batch and shards": (MINIMAL, ["training.open_shards=3"], "64 is not a multiple of open_shar"),
+    "window upside down": (MINIMAL, ["model.window_hu=[5, 1]"], "low < high"),
+    "no patients left": (MINIMAL, ["data.split={val: 0.5, test: 0.5}"], "nothing is left to train"),
+    "override without value": (MINIMAL, ["seed"], "write it as section.key=value"),
+    "override below a value": (MINIMAL, ["seed=1", "seed.x=2"], "seed is a value, not a section"),
+    "a list": ("- 1", [], "expected `key: value` sections, found list"),
+    "no YAML": ("a: [", [], "no valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipes_are_refused_in_one_line(case: str) -> None:
+    text, overrides, message = BAD[case]
+    with pytest.raises(InputError, match=message) as refused:
+        parse_recipe(text, name="bad", overrides=overrides)
+    assert "\n" not in str(refused.value)
+
+
+def test_overrides_win_over_the_recipe_and_defaults_fill_the_rest() -> None:
+    config = parse_recipe(
+        MINIMAL + "\ntraining: {learning_rate: 1}", name="x", overrides=["training.num_workers=2"]
+    )
+    assert config.training.num_workers == 2
+    assert config.training.learning_rate == 1
+    assert config.training.local_batch_size == config.training.global_batch_size // 2
+    assert config.bundle_path == Path("runs/x/bundles/x")
+
+
+def test_a_missing_file_names_itself() -> None:
+    with pytest.raises(InputError, match=r"recipe nope\.yaml: No such file"):
+        load_recipe("nope.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_survives_its_own_dump(path: Path) -> None:
+    config = load_recipe(path)
+    again = parse_recipe(config.model_dump_json(), name=config.name)
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES if path.stem.startswith("lidc_") and "tiny" not in path.stem],
+    ids=lambda path: path.stem,
+)
+def test_every_published_recipe_has_a_tiny_sibling_of_the_same_structure(path: Path) -> None:
+    config = load_recipe(path)
+    tiny = load_recipe(path.with_name(f"{path.stem}_tiny.yaml"))
+    assert tiny.model.family == config.model.family
+    for choice in ("conditioning", "context", "prediction_type", "schedule"):
+        assert getattr(tiny.model, choice, None) == getattr(config.model, choice, None)

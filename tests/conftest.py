@@ -1,0 +1,54 @@
+"""Fixtures that many tests share, and the rule that unmarked tests start no cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster_by_accident(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.node.get_closest_marker("ray") is None:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise RuntimeError("this test starts Ray: mark it `ray`")
+
+        monkeypatch.setattr("ray.init", refuse)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A local cluster of two CPUs, shared by the session's `ray` tests."""
+    from raysynth.session import connect
+
+    with connect(num_cpus=2):
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real scans; tests that need it are skipped where there is none."""
+    path = os.environ.get("RAYSYNTH_REAL_DATA")
+    if not path:
+        pytest.skip("RAYSYNTH_REAL_DATA is not set: no real scans here")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def lidc_dicom(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real LIDC-IDRI patients, unpacked."""
+    import tarfile
+
+    folder = tmp_path_factory.mktemp("lidc")
+    for archive in sorted((real_data / "lidc-dicom").glob("*.tar.xz")):
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+    return folder

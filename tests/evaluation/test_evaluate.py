@@ -1,0 +1,215 @@
+"""The whole evaluation on a store of phantoms, with `models` whose quality is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from raysynth.case import CONDITION_COLUMNS, Split
+from raysynth.config import ExperimentConfig
+from raysynth.errors import InputError
+from raysynth.evaluation.evaluate import EvaluationSummary, evaluate
+from raysynth.phantom.patient import phantom_case
+from raysynth.preprocess.slices import cut_slices, plan_slices
+from raysynth.store.reader import SampleSet, case_attrs
+from raysynth.store.run import StoreRun
+from raysynth.store.writer import (
+    create_sample_set,
+    create_volume,
+    set_index,
+    write_rows,
+    write_volume,
+)
+from storage_schema.v1 import SPLITS, sample_set, synthetic_run
+
+pytestmark = pytest.mark.ray
+
+NUM_PATIENTS = 4
+SHARED = {"kind": "slices", "intensity": "hu", "parent_snapshot": "none"}
+
+
+def _config(work_dir: Path) -> ExperimentConfig:
+    return ExperimentConfig.model_validate(
+        {
+            "name": "tiny",
+            "work_dir": work_dir,
+            "data": {
+                "source": {
+                    "kind": "phantom",
+                    "num_patients": NUM_PATIENTS,
+                    "spacing_mm": (10.0, 6.0, 6.0),
+                    "nodules_per_patient": (5, 7),
+                    "min_diameter_mm": 20,
+                },
+                "samples": {"size": 48, "spacing_mm": 5.0, "nodule_free_every": 2},
+            },
+            "model": {"family": "autoencoder_kl", "channels": (8, 8, 8), "norm_num_groups": 4},
+            "evaluation": {"num_bootstrap": 30},
+        }
+    )
+
+
+def _write_real(root: zarr.Group, config: ExperimentConfig) -> None:
+    """Two patients to test, two to train, and all their slices."""
+    samples = config.data.samples
+    cut, index, cases = [], [], []
+    for number in range(NUM_PATIENTS):
+        split: Split = "test" if number < 2 else "train"
+        case = phantom_case(config.data.source, number, split)
+        write_volume(create_volume(root, case), case)
+        plans = plan_slices(case_attrs(root, case.case_id), samples)
+        cut.append(cut_slices(case, plans, samples))
+        index += [(number, plan.z_mm, plan.nodule, SPLITS.index(split)) for plan in plans]
+        cases.append(case.case_id)
+    columns = dict(zip(("case", "z_mm", "nodule", "split"), zip(*index, strict=True), strict=True))
+    hu, layout, box, ratings = (
+        np.concatenate([getattr(one, name) for one in cut])
+        for name in ("hu", "layout", "box", "ratings")
+    )
+    attributes = SHARED | {
+        "cases": cases,
+        "pixel_mm": samples.pixel_mm,
+        "fingerprint": "f" * 12,
+        "spacing_mm": samples.spacing_mm,
+        "field_of_view_mm": samples.field_of_view_mm,
+    }
+    spec = sample_set(len(hu), hu.shape[1:])
+    group = create_sample_set(root, f"samples/{samples.name}", spec, attributes)
+    set_index(group, columns | {"box": box, "ratings": ratings, "has_nodule": box[:, 0] >= 0})
+    write_rows(group, 0, {"hu": hu, "layout": layout})
+
+
+def _write_synthetic(root: zarr.Group, name: str, hu: np.ndarray, asked: dict[str, Any]) -> None:
+    attributes = SHARED | {
+        "cases": asked["cases"],
+        "pixel_mm": asked["pixel_mm"],
+        "bundle": "b" * 64,
+        "plan": "p" * 12,
+        "source_set": "slices",
+        "passport": {},
+    }
+    spec = synthetic_run(len(hu), hu.shape[1:])
+    group = create_sample_set(root, f"synthetic/{name}", spec, attributes)
+    set_index(
+        group,
+        {
+            "box": asked["box"],
+            "source_case": asked["case"],
+            "source_sample": asked["rows"],
+            "attributes": asked["attributes"],
+        },
+    )
+    write_rows(group, 0, {"hu": hu, "layout": asked["layout"]})
+
+
+def _write_runs(root: zarr.Group, config: ExperimentConfig) -> None:
+    """A perfect `model` repeats training patients; one control is noise, one ignores requests."""
+    real = SampleSet(root[f"samples/{config.data.samples.name}"])
+    rows = np.flatnonzero((real.index["split"] == 0) & (real.index["box"][:, 0] >= 0))
+    hu = real.read("hu")[rows]
+    asked = {
+        "rows": rows,
+        "cases": real.attrs["cases"],
+        "pixel_mm": real.pixel_mm,
+        "layout": real.read("layout")[rows],
+        "box": real.index["box"][rows],
+        "case": real.index["case"][rows],
+        "attributes": real.index["ratings"][rows, 0][:, CONDITION_COLUMNS],
+    }
+    rng = np.random.default_rng(0)
+    _write_synthetic(root, config.name, hu, asked)
+    noise = rng.integers(-1000, 400, hu.shape).astype(np.int16)
+    _write_synthetic(root, f"{config.name}_untrained", noise, asked)
+    others = np.roll(hu, len(hu) // 2, axis=0)
+    _write_synthetic(root, f"{config.name}_shuffled", others, asked)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    config = _config(tmp_path_factory.mktemp("evaluation"))
+    with StoreRun(config.store_url, verb="test", fingerprint="f" * 12) as run:
+        run.declare(lambda root: _write_real(root, config), "real")
+        run.commit([], ["runs"], "synthetic", lambda root: _write_runs(root, config))
+        run.publish("a store to judge")
+    return config
+
+
+@pytest.fixture(scope="module")
+def summary(config: ExperimentConfig, local_ray: None) -> EvaluationSummary:
+    return evaluate(config)
+
+
+def test_every_region_has_every_metric(summary: EvaluationSummary) -> None:
+    measured = {tuple(key.split("/")[i] for i in (0, 2, 3)) for key in summary.metrics}
+    distances = {
+        (metric, region, "ct-conv@1")
+        for metric in ("fid", "kid", "mmd2", "mmd2_fixed")
+        for region in ("all", "lung", "nodule16")
+    }
+    tissues = {("hu_w1", tissue, "histogram@1") for tissue in ("lung", "body", "nodule")}
+    assert measured == distances | tissues
+
+
+def _of(summary: EvaluationSummary, start: str) -> Any:
+    (key,) = [key for key in summary.metrics if key.startswith(start)]
+    return summary.metrics[key]
+
+
+def test_the_perfect_model_is_near_the_floor_and_controls_are_not(
+    summary: EvaluationSummary,
+) -> None:
+    everything = _of(summary, "kid/slice/all/")
+    assert everything.value < 0.2 * everything.untrained
+    assert everything.disjoint["untrained"]
+    assert everything.floor_interval is not None
+    # Shuffled requests change no slice as a whole, only what stands in the places asked for.
+    assert everything.shuffled == pytest.approx(everything.value, rel=0.2)
+    for place in ("kid/slice/lung/", "hu_w1/slice/nodule/"):
+        assert _of(summary, place).value < 0.8 * _of(summary, place).shuffled, place
+    nodule = _of(summary, "kid/slice/nodule16/")
+    assert nodule.value < 0.5 * nodule.untrained
+
+
+def test_adherence_has_a_ceiling_and_a_floor(summary: EvaluationSummary) -> None:
+    found = {name: share.found for name, share in summary.adherence.items()}
+    assert set(found) == {
+        name + suffix
+        for name in ("real", "synthetic", "untrained", "shuffled")
+        for suffix in ("", "_stray")
+    }
+    assert found["synthetic"] > 0.5
+    assert found["real"] > 0.5
+    for chance in ("real_stray", "synthetic_stray", "shuffled", "untrained"):
+        assert found[chance] < 0.25, chance
+    error_mm = summary.sizes["synthetic"].median_absolute_error_mm
+    assert error_mm is not None
+    assert error_mm < 7.5  # one pixel
+
+
+def test_few_phantoms_are_said_to_be_few_phantoms(summary: EvaluationSummary) -> None:
+    assert summary.indicative
+    assert summary.patients == {"real": NUM_PATIENTS, "reference": 2}
+    assert any("phantoms" in notice for notice in summary.notices)
+    assert any("samples instead of patients" in notice for notice in summary.notices)
+    assert sum(summary.coverage["texture"].requested) == pytest.approx(1)
+
+
+def test_the_file_holds_the_summary(summary: EvaluationSummary) -> None:
+    written = json.loads(Path(summary.path).read_text())
+    key = next(iter(summary.metrics))
+    assert written["metrics"][key]["value"] == summary.metrics[key].value
+    assert written["adherence"]["real"]["found"] == summary.adherence["real"].found
+
+
+def test_what_cannot_be_judged_is_said(config: ExperimentConfig) -> None:
+    missing = config.model_copy(update={"name": "other"})
+    with pytest.raises(InputError, match=r"no 'other' in /synthetic; there is: tiny"):
+        evaluate(missing)
+    evaluation = config.evaluation.model_copy(update={"extractors": ("inception2048",)})
+    with pytest.raises(InputError, match="weights-inception-2015"):
+        evaluate(config.model_copy(update={"evaluation": evaluation}))

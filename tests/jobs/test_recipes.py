@@ -1,0 +1,91 @@
+"""Every tiny recipe, stage by stage, through the command line; and the demo as one."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from raysynth.cli import main
+from raysynth.demo import run_demo
+from raysynth.models.bundle import load_bundle
+from raysynth.store.reader import SampleSet, open_group
+from raysynth.store.repository import open_root
+from raysynth.store.validate import validate
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+MAX_SECONDS = 20.0
+
+
+def run(verb: str, recipe: str, work_dir: Path) -> None:
+    """One stage, which must end well and in time."""
+    started = time.monotonic()
+    assert main([verb, str(RECIPES / f"{recipe}.yaml"), "--set", f"work_dir={work_dir}"]) == 0
+    assert time.monotonic() - started < MAX_SECONDS, f"{verb} {recipe} takes too long"
+
+
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the store of the tiny recipes and their two autoencoders."""
+    path = tmp_path_factory.mktemp("tiny")
+    run("ingest", "lidc_vq_tiny", path)
+    run("shard", "lidc_vq_tiny", path)
+    for autoencoder in ("lidc_vq_tiny", "lidc_kl_tiny"):
+        run("train", autoencoder, path)
+        assert load_bundle(path / "bundles" / autoencoder).denoiser is None
+    run("encode", "lidc_attributes_ldm_1_tiny", path)
+    return path
+
+
+@pytest.mark.parametrize("configuration", [1, 2, 3, 4])
+def test_a_configuration_of_system_a_runs_to_its_report(work_dir: Path, configuration: int) -> None:
+    name = f"lidc_attributes_ldm_{configuration}_tiny"
+    run("train", name, work_dir)
+    assert load_bundle(work_dir / "bundles" / name).diffusion.conditioning == configuration
+    run("synthesize", name, work_dir)
+    run("evaluate", name, work_dir)
+    root = open_root(str(work_dir / "store"))
+    drawn = SampleSet(open_group(root, f"synthetic/{name}"))
+    assert drawn.count == 8
+    # Sixty-four samples teach nothing: what is drawn only has to lie in the model's window.
+    assert -1000 <= drawn.read("hu").min() <= drawn.read("hu").max() <= 2500
+    judged = json.loads((work_dir / "evaluation" / f"{name}.json").read_text())
+    assert all(math.isfinite(result["value"]) for result in judged["metrics"].values())
+    assert validate(work_dir / "store", full=True) == []
+
+
+def test_the_demo_sums_itself_up(tmp_path: Path) -> None:
+    summary = run_demo(
+        tmp_path,
+        None,
+        [
+            "data.source.num_patients=4",
+            "data.source.spacing_mm=[10.0, 4.0, 4.0]",
+            "training.max_seen_samples=320",
+            "sampling.num_samples=16",
+            "sampling.num_inference_steps=4",
+            "evaluation.num_bootstrap=10",
+        ],
+    )
+    told = json.loads(summary.path.read_text())
+    assert told["cases"] == 4
+    assert told["slices"] > 0
+    assert set(told["stages"]) == {
+        "ingest",
+        "shard",
+        "train_autoencoder",
+        "encode",
+        "train",
+        "synthesize",
+        "evaluate",
+    }
+    assert all(stage["seconds"] >= 0 for stage in told["stages"].values())
+    assert {"value", "floor", "untrained", "n"} <= set(next(iter(told["metrics"].values())))
+    assert told["settings"]["data"]["source"]["num_patients"] == 4
+    assert told["report"] == str(summary.report)
+    assert summary.report.stat().st_size > 50_000

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from raysynth.metrics.frechet import (
+    FeatureMoments,
+    frechet_distance,
+    frechet_distance_of,
+    frechet_limit,
+)
+
+
+def _moments(*batches: np.ndarray) -> FeatureMoments:
+    moments = FeatureMoments(batches[0].shape[1])
+    for batch in batches:
+        moments.update(batch)
+    return moments
+
+
+def _exactly(mean: np.ndarray, scale: np.ndarray) -> FeatureMoments:
+    """Moments of a Gaussian with this mean and these standard deviations, without sampling."""
+    moments = FeatureMoments(len(mean))
+    moments.count, moments.mean, moments.scatter = 2, mean, np.diag(scale**2)
+    return moments
+
+
+def test_closed_form_of_gaussians_with_diagonal_covariances() -> None:
+    mean_r, mean_s = np.array([0.0, 1.0, 2.0]), np.array([1.0, 1.0, -1.0])
+    scale_r, scale_s = np.array([1.0, 2.0, 0.0]), np.array([3.0, 2.5, 1.0])
+    expected = np.sum((mean_r - mean_s) ** 2) + np.sum((scale_r - scale_s) ** 2)
+    distance = frechet_distance(_exactly(mean_r, scale_r), _exactly(mean_s, scale_s))
+    assert distance == pytest.approx(expected, rel=1e-12)
+
+
+def test_agrees_with_torch_fidelity_on_the_same_features() -> None:
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(24, 24))
+    x = rng.normal(size=(300, 24)) @ mixing
+    y = rng.normal(size=(250, 24)) @ mixing * 1.2 + 0.3
+    statistics = [fid_features_to_statistics(torch.from_numpy(f)) for f in (x, y)]
+    judged = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(_moments(x), _moments(y)) == pytest.approx(judged, abs=1e-6)
+    assert frechet_distance_of(x, y) == pytest.approx(judged, abs=1e-6)
+
+
+def test_fewer_samples_than_dimensions_agree_both_ways() -> None:
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(20, 64)), rng.normal(size=(31, 64)) + 0.2
+    of_features = frechet_distance_of(x, y)
+    assert frechet_distance(_moments(x), _moments(y)) == pytest.approx(of_features, rel=1e-6)
+    assert frechet_distance_of(x, x) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("num_parts", [1, 8, 64])
+def test_merging_parts_in_any_order_equals_the_whole(num_parts: int) -> None:
+    rng = np.random.default_rng(2)
+    features = (rng.normal(size=(1000, 16)) * 5 + 100).astype(np.float32)
+    merged = FeatureMoments(16)
+    parts = np.array_split(features, num_parts)
+    for part in rng.permutation(num_parts):
+        merged.merge(_moments(parts[part]))
+    whole_mean, whole_covariance = _moments(features).compute()
+    mean, covariance = merged.compute()
+    np.testing.assert_allclose(mean, whole_mean, rtol=1e-12)
+    np.testing.assert_allclose(covariance, whole_covariance, rtol=1e-9, atol=1e-9)
+    expected = np.cov(features.astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(covariance, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_extrapolation_removes_most_of_the_small_sample_bias() -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(400, 20)), rng.normal(size=(400, 20))
+    limit = frechet_limit(x, y, seed=0)
+    assert abs(limit.value) < 0.3 * frechet_distance_of(x, y)
+    assert limit.slope > 0
+
+
+def test_one_sample_has_no_covariance() -> None:
+    with pytest.raises(ValueError, match="at least 2 samples, not 1"):
+        _moments(np.zeros((1, 4))).compute()

@@ -1,0 +1,80 @@
+"""The report: self-contained, complete, and drawn where things are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from raysynth.case import Label
+from raysynth.report.html import MetricRow, ReportData, Tile, write_report
+from raysynth.report.pictures import grey, overlay_svg
+
+
+def _tile(caption: str) -> Tile:
+    layout = np.full((32, 32), Label.BODY, np.uint8)
+    layout[8:24, 4:14] = Label.RIGHT_LUNG
+    layout[12:16, 6:10] = Label.NODULE
+    return Tile(
+        np.where(layout == Label.BODY, 40, -850).astype(np.int16), layout, (12, 6, 16, 10), caption
+    )
+
+
+def _data() -> ReportData:
+    seen = np.arange(10.0)
+    return ReportData(
+        title="a <run>",
+        reference="real",
+        facts={"cases": "3"},
+        notices=["indicative"],
+        nodules=[_tile("nodule one")],
+        real=[_tile("real one")],
+        synthetic=[_tile("synthetic one")],
+        denoising=[_tile("step 1")],
+        metrics=[MetricRow("fid/slice/all/x@1/8", (2.0, 1.5, 2.5), (1.0, 0.5, 1.5))],
+        shown_metrics=("fid",),
+        adherence={"found": "50 %"},
+        requested_mm=np.array([5.0, 10.0]),
+        measured_mm=np.array([np.nan, 9.0]),
+        attribute_names=["texture"],
+        requested_scores=np.full((1, 5), 0.2),
+        reference_scores=np.full((1, 5), 0.2),
+        losses={"model": (seen, np.exp(-seen))},
+        seconds={"train": 1.5},
+        recipe="name: run",
+        attribution=["made from nothing"],
+    )
+
+
+def test_the_page_needs_nothing_from_outside_and_shows_everything(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "report.html"
+    write_report(_data(), path)
+    page = path.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+    assert "a &lt;run&gt;" in page
+    for text in (
+        "nodule one",
+        "real one",
+        "synthetic one",
+        "step 1",
+        "fid/slice/all/x@1/8",
+        "made from nothing",
+    ):
+        assert text in page
+    assert page.count("<svg") >= 6
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_the_overlay_lies_on_its_pixels() -> None:
+    tile = _tile("")
+    svg = overlay_svg(tile.layout, tile.box)
+    path = re.search(r'class="nodule" d="M([^"Z]+)', svg)
+    assert path
+    points = np.array(path[1].split(), float).reshape(-1, 2)
+    # The nodule covers columns 6-9 and rows 12-15, so its outline spans 6 to 10 and 12 to 16.
+    assert np.allclose([points.min(0), points.max(0)], [[6, 12], [10, 16]], atol=0.51)
+
+
+def test_grey_spans_the_display_window() -> None:
+    assert grey(np.array([-2000, -1150, 350, 3000], np.int16)).tolist() == [0, 0, 255, 255]

@@ -1,0 +1,137 @@
+"""Batch synthesis: what is recorded, what repeats bit by bit, and what survives being killed."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysynth.case import Label
+from raysynth.config import ExperimentConfig
+from raysynth.errors import InputError
+from raysynth.sampling.batch import synthesize
+from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.planner import plan_samples
+from raysynth.store.reader import SampleSet, open_group
+from raysynth.store.repository import open_repository, open_root
+from raysynth.store.validate import validate
+from tests.data.tiny import content
+from tests.sampling.crashing_run import drawing_config
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+
+CRASHES = [
+    ("before-commit", 1),
+    ("after-commit", 1),
+    ("before-merge", 1),
+    ("before-merge", 2),
+    ("after-commit", 2),
+    ("before-commit", 2),
+    ("after-commit", 1),
+    ("before-publish", 1),
+    ("before-publish", 1),
+    ("before-branch-is-deleted", 1),
+]
+
+
+def _set(config: ExperimentConfig, path: str) -> SampleSet:
+    return SampleSet(open_group(open_root(config.store_url), path))
+
+
+@pytest.fixture(scope="module")
+def drawn(drawing: ExperimentConfig) -> ExperimentConfig:
+    summary = synthesize(drawing)
+    assert summary.drawn == 3 * 70
+    return drawing
+
+
+def test_every_sample_carries_its_request(drawn: ExperimentConfig) -> None:
+    samples = _set(drawn, "samples/slices")
+    run = _set(drawn, "synthetic/tiny")
+    plan = plan_samples(drawn, samples)
+    assert run.count == len(plan) == 70
+    for column, values in {
+        "seed": [one.seed for one in plan],
+        "box": [one.condition.box for one in plan],
+        "attributes": [one.condition.attributes for one in plan],
+        "source_sample": [one.source_sample for one in plan],
+    }.items():
+        assert np.array_equal(run.index[column], np.array(values, run.index[column].dtype)), column
+    assert (run.index["batch_shape"] == drawn.sampling.batch_size).all()
+    assert (run.index["copied_fraction"] == 0).all()
+    assert (run.index["source_case"] == samples.index["case"][run.index["source_sample"]]).all()
+    assert (samples.index["split"][run.index["source_sample"]] == 0).all()
+    assert (run.read("layout") == Label.NODULE).any(axis=(1, 2)).all()
+    assert run.attrs["passport"]["synthetic"] is True
+    assert validate(drawn.store_url, full=True) == []
+
+
+def test_controls_are_recorded_as_asked_and_drawn_otherwise(drawn: ExperimentConfig) -> None:
+    run = _set(drawn, "synthetic/tiny")
+    for control in ("untrained", "shuffled"):
+        other = _set(drawn, f"synthetic/tiny_{control}")
+        assert np.array_equal(other.read("layout"), run.read("layout"))
+        assert np.array_equal(other.index["seed"], run.index["seed"])
+        assert (other.read("hu") != run.read("hu")).any(axis=(1, 2)).all()
+        assert other.attrs["passport"]["control"] == control
+
+
+def test_a_sample_drawn_alone_has_the_same_bits(drawn: ExperimentConfig) -> None:
+    plan = plan_samples(drawn, _set(drawn, "samples/slices"))
+    sampler = SliceSampler(drawn.bundle_path, drawn.sampling, drawn.seed)
+    alone = sampler.draw([plan[66], plan[3]])
+    assert np.array_equal(alone, _set(drawn, "synthetic/tiny").read("hu")[[66, 3]])
+
+
+def test_the_same_command_again_draws_nothing(drawn: ExperimentConfig) -> None:
+    assert synthesize(drawn).drawn == 0
+
+
+def test_another_plan_under_the_same_name_is_refused(drawn: ExperimentConfig) -> None:
+    other = drawing_config(drawn.work_dir, num_inference_steps=5)
+    with pytest.raises(InputError, match="drawn by another bundle or plan"):
+        synthesize(other)
+
+
+def test_a_set_that_the_bundle_does_not_fit_is_refused(drawn: ExperimentConfig) -> None:
+    facts = drawn.bundle_path / "bundle.json"
+    whole = facts.read_text()
+    try:
+        facts.write_text(whole.replace('"field_of_view_mm": 360.0', '"field_of_view_mm": 180.0'))
+        with pytest.raises(InputError, match=r"pixels of mm 5\.625, but .* has 11\.25"):
+            synthesize(drawn)
+    finally:
+        facts.write_text(whole)
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_the_same(drawn: ExperimentConfig, tmp_path: Path) -> None:
+    work_dir = tmp_path / "killed"
+    shutil.copytree(drawn.bundle_path, drawing_config(work_dir).bundle_path)
+    # The store as it was before anything was drawn.
+    before = next(
+        past.id
+        for past in open_repository(drawn.store_url).ancestry(branch="main")
+        if "synthetic/tiny" not in open_root(drawn.store_url, past.id)
+    )
+    shutil.copytree(drawn.store_url, work_dir / "store")
+    open_repository(str(work_dir / "store")).reset_branch("main", before)
+
+    def start(place: str = "nowhere", count: int = 0) -> int:
+        command = [sys.executable, "-m", "tests.sampling.crashing_run", str(work_dir), place]
+        return subprocess.run(
+            [*command, str(count)], cwd=ROOT, stderr=subprocess.DEVNULL, timeout=300
+        ).returncode
+
+    codes = [start(place, count) for place, count in CRASHES]
+    assert codes == [-signal.SIGKILL] * len(CRASHES)
+    assert start() == 0
+    assert content(str(work_dir / "store")) == content(drawn.store_url)
+    assert validate(work_dir / "store", full=True) == []
