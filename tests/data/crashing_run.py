@@ -1,7 +1,7 @@
-"""Ingests and shards the tiny recipe in a process that is killed where it is told to be.
+"""Ingests or shards the tiny recipe in a process that is killed where it is told to be.
 
-Run as `python -m tests.data.crashing_run WORK_DIR PLACE COUNT`: the process dies by SIGKILL when it
-reaches PLACE for the COUNT-th time. The places are in `arm`; any other one lets it finish.
+Run as `python -m tests.data.crashing_run VERB WORK_DIR PLACE COUNT`: the process dies by SIGKILL
+when it reaches PLACE for the COUNT-th time. The places are in `arm`; any other lets it finish.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from raysynth.store.run import StoreRun
 from tests.data.tiny import tiny_config
 
 
-def main(work_dir: Path, place: str, count: int) -> None:
-    """Ingests and shards, and dies where it is told to."""
+def main(verb: str, work_dir: Path, place: str, count: int) -> None:
+    """Runs one stage, and dies where it is told to."""
+    stage = {"ingest": ingest.ingest, "shard": shard.shard}[verb]
     arm(place, count)
-    config = tiny_config(work_dir)
     with connect(num_cpus=2):
-        ingest.ingest(config)
-        shard.shard(config)
+        stage(tiny_config(work_dir))
 
 
 def arm(place: str, count: int) -> None:
@@ -63,4 +62,4 @@ def dying(function: Callable[..., Any], count: int, first: bool) -> Callable[...
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -24,28 +24,26 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 CRASHES = [
+    ("before-commit", 1),  # of what is planned: nothing is there yet
+    ("after-commit", 1),
     ("before-merge", 1),
-    ("before-commit", 2),
-    ("after-commit", 2),
+    ("before-commit", 1),  # merged, and not committed
+    ("before-merge", 2),
     ("before-commit", 1),
     ("before-publish", 1),
-    ("before-branch-is-deleted", 1),
-    ("after-commit", 1),
-    ("before-merge", 2),
     ("before-publish", 1),
+    ("before-commit", 1),  # of the note that the run is published
+    ("before-branch-is-deleted", 1),
 ]
-"""Where the driver dies, one time after the other, in ingest and then in shard."""
+"""Where the driver of a stage dies, one time after the other."""
 
 
-def start(work_dir: Path, place: str = "nowhere", count: int = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.data.crashing_run", str(work_dir), place, str(count)]
+def start(
+    verb: str, work_dir: Path, place: str = "nowhere", count: int = 0
+) -> subprocess.Popen[str]:
+    arguments = [verb, str(work_dir), place, str(count)]
+    command = [sys.executable, "-m", "tests.data.crashing_run", *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def finish(work_dir: Path) -> None:
-    process = start(work_dir)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
 
 
 def assert_as_if_nothing_happened(work_dir: Path, clean: ExperimentConfig) -> None:
@@ -55,26 +53,36 @@ def assert_as_if_nothing_happened(work_dir: Path, clean: ExperimentConfig) -> No
     assert open_repository(config.store_url).list_branches() == {"main"}
 
 
-def test_a_killed_driver_resumes(tmp_path: Path, phantom_store: ExperimentConfig) -> None:
-    for place, count in CRASHES:
-        process = start(tmp_path, place, count)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, errors
-    finish(tmp_path)
+def finish(verb: str, work_dir: Path) -> None:
+    process = start(verb, work_dir)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def test_drivers_killed_ten_times_each_resume(
+    tmp_path: Path, phantom_store: ExperimentConfig
+) -> None:
+    for verb in ("ingest", "shard"):
+        for place, count in CRASHES:
+            process = start(verb, tmp_path, place, count)
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == -signal.SIGKILL, (verb, place, errors)
+        finish(verb, tmp_path)
     assert_as_if_nothing_happened(tmp_path, phantom_store)
 
 
-def test_a_driver_killed_at_random_times_resumes(
+def test_drivers_killed_at_random_times_resume(
     tmp_path: Path, phantom_store: ExperimentConfig
 ) -> None:
     when = random.Random(0)
-    for _ in range(5):
-        process = start(tmp_path)
-        time.sleep(when.uniform(4.0, 15.0))
-        process.kill()
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors
-    finish(tmp_path)
+    for verb in ("ingest", "shard"):
+        for _ in range(3):
+            process = start(verb, tmp_path)
+            time.sleep(when.uniform(3.0, 9.0))
+            process.kill()
+            _, errors = process.communicate()
+            assert process.returncode in (0, -signal.SIGKILL), errors
+        finish(verb, tmp_path)
     assert_as_if_nothing_happened(tmp_path, phantom_store)
 
 
