@@ -128,6 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         # Ray hands on what a task raised inside an error of its own.
         cause = getattr(error, "cause", error)
+        if type(cause).__module__.startswith("icechunk"):  # a full disk, a bucket out of reach
+            print(f"raysynth: the store: {str(cause).splitlines()[0].strip()}", file=sys.stderr)
+            return 1
         if not isinstance(cause, RaysynthError):
             raise
         print(f"raysynth: {cause}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
@@ -59,9 +58,14 @@ def load_key(path: Path) -> bytes:
             file.write(secrets.token_hex(KEY_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(scratch, path)
-        scratch.unlink()
+        except FileExistsError:
+            pass
+        except OSError:  # no hard links there: a second process may not start at the same moment
+            scratch.rename(path)
+        finally:
+            scratch.unlink(missing_ok=True)
     text = path.read_text().strip()
     if len(text) != 2 * KEY_BYTES or set(text) - set(string.hexdigits):
         raise InputError(

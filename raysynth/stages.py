@@ -58,13 +58,12 @@ def evaluate(config: ExperimentConfig) -> Result:
     from raysynth.evaluation.evaluate import evaluate as run
     from raysynth.evaluation.report import report
 
-    result = _timed("evaluate", config, run)
-    with connect():
-        return result | {"report": str(report(config))}
+    return _timed("evaluate", config, run) | {"report": str(report(config.absolute()))}
 
 
 def _timed(verb: str, config: ExperimentConfig, run: Any) -> Result:
     """Runs one stage on a cluster and keeps its wall time in `work_dir`/timings.json."""
+    config = config.absolute()
     with connect():
         started = time.monotonic()
         result = asdict(run(config))

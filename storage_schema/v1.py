@@ -95,6 +95,13 @@ def root() -> GroupSpec:
                 "number, verb, fingerprint and message of the run that main was last moved by",
                 required=False,
             ),
+            AttributeSpec(
+                "ingested",
+                "object",
+                "settings that all cases share: split; of people also consensus_level and a mark "
+                "of the pseudonym key",
+                required=False,
+            ),
         ),
     )
 
@@ -334,7 +341,7 @@ _SET_ATTRIBUTES = (
 _SAMPLE_ATTRIBUTES = (
     *_SET_ATTRIBUTES,
     AttributeSpec("fingerprint", "string", "hash of the settings that the set was cut with"),
-    AttributeSpec("spacing_mm", "number", "isotropic grid that volumes were resampled to"),
+    AttributeSpec("spacing_mm", "number", "distance and thickness of planes, millimetres"),
     AttributeSpec("field_of_view_mm", "number", "side of a sample, millimetres"),
 )
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,8 @@ def _request(number: int, steps: int, guidance_scale: float) -> SampleRequest:
 def _comparisons(denoiser: LatentDenoiser, guidance_scale: float) -> list[Comparison]:
     one = [_request(0, 50, guidance_scale)]
     mixed = [_request(i, steps, guidance_scale) for i, steps in enumerate(MIXED_STEPS)]
-    loops = _DiffusersLoops(denoiser, guided=guidance_scale != 1)
+    # A copy: the engine changes its network's memory format.
+    loops = _DiffusersLoops(deepcopy(denoiser), guided=guidance_scale != 1)
     single, several = (
         SamplingEngine(
             denoiser,

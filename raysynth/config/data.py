@@ -64,15 +64,16 @@ class SplitConfig(Section):
 class SliceSamples(Section):
     """Axial slices of one fixed size (system A's images).
 
-    The volume is resampled to `spacing_mm`; a square of `field_of_view_mm` around the middle of the
-    lungs is cut from a plane and brought to `size` pixels. So a pixel is field_of_view_mm / size.
+    Planes lie `spacing_mm` apart, each the mean of as much of the volume; a square of
+    `field_of_view_mm` around the middle of the lungs is cut from one and brought to `size` pixels
+    in the same step. So a pixel is field_of_view_mm / size.
     """
 
     kind: Literal["slices"] = "slices"
     name: str = Field("slices", pattern=r"^[a-z0-9_]+$")
     size: int = Field(256, ge=16)
     spacing_mm: float = Field(0.7, gt=0)
-    """Isotropic grid to resample to before cutting, millimetres."""
+    """Distance and thickness of planes, millimetres."""
     field_of_view_mm: float = Field(360.0, gt=0)
     nodule_slices: Literal["centre", "all"] = "all"
     """Of a nodule: only the plane of its largest area, or every plane it crosses."""

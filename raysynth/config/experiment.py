@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
-from raysynth.config.data import DataConfig
+from raysynth.config.data import DataConfig, LidcSource
 from raysynth.config.evaluation import EvaluationConfig
 from raysynth.config.model import LatentDiffusionConfig, ModelConfig
 from raysynth.config.sampling import SamplingConfig
@@ -58,9 +58,35 @@ class ExperimentConfig(Section):
         assert isinstance(self.model, LatentDiffusionConfig)
         return self.work_dir / self.model.autoencoder
 
+    def absolute(self) -> ExperimentConfig:
+        """The recipe with paths that mean the same in the folder of every worker."""
+        source, evaluation = self.data.source, self.evaluation
+        if isinstance(source, LidcSource):
+            source = source.model_copy(update={"path": source.path.absolute()})
+        if evaluation.inception_weights is not None:
+            weights = {"inception_weights": evaluation.inception_weights.absolute()}
+            evaluation = evaluation.model_copy(update=weights)
+        store = self.store
+        if store is not None and "://" not in store:
+            store = str(Path(store).absolute())
+        return self.model_copy(
+            update={
+                "work_dir": self.work_dir.absolute(),
+                "store": store,
+                "data": self.data.model_copy(update={"source": source}),
+                "evaluation": evaluation,
+            }
+        )
+
     def shareable(self) -> dict[str, Any]:
         """The recipe as JSON values without the places of this machine, which may name people."""
-        local: dict[str, Any] = {"work_dir": True, "store": True, "data": {"source": {"path"}}}
+        local: dict[str, Any] = {
+            "work_dir": True,
+            "store": True,
+            "data": {"source": {"path"}},
+            "model": {"autoencoder"},
+            "evaluation": {"inception_weights"},
+        }
         return self.model_dump(mode="json", exclude=local)
 
     @model_validator(mode="after")

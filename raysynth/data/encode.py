@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from storage_schema.v1 import SPLITS, latents
 BATCH_SIZE = 16
 """Samples in one call of the encoder."""
 
-SCALE_SAMPLES = 512
+SCALE_SAMPLES = 128
 """Training samples from which the latents' spread is measured."""
 
 
@@ -138,7 +138,8 @@ def _write(
     identity = fingerprint({"set": samples.attrs["fingerprint"], "path": path, "bundle": digest})
     with StoreRun(config.store_url, verb="encode", fingerprint=identity) as run:
         if run.is_new:
-            scale, shape = _measure(encoder, samples)
+            # A few slices, in this process: the machine that drives may have no GPU.
+            scale, shape = _measure(replace(encoder, use_gpu=False), samples)
             attributes = {"latent_scale": scale, "bundle": digest, "parent_snapshot": parent}
             spec = latents(samples.count, shape)
 

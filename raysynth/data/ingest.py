@@ -13,16 +13,15 @@ from typing import Any
 
 import zarr
 
-from raysynth.config import ExperimentConfig, PhantomSource
+from raysynth.config import ExperimentConfig, LidcSource, PhantomSource
 from raysynth.data.sources import CaseRef, Refusal, list_cases, read_case
 from raysynth.data.units import write_units
 from raysynth.errors import InputError, RaysynthError, UnreadableCase
 from raysynth.preprocess.case import prepare
-from raysynth.seeding import fingerprint
-from raysynth.store.reader import VolumeAttrs, case_attrs, case_ids, open_group
+from raysynth.seeding import fingerprint, load_key, pseudonym
+from raysynth.store.reader import VolumeAttrs, case_attrs, case_ids
 from raysynth.store.run import StoreRun
-from raysynth.store.splits import is_indicative
-from raysynth.store.writer import create_volume, quarantine, write_volume
+from raysynth.store.writer import create_volume, update_quarantine, write_volume
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +61,24 @@ def ingest(config: ExperimentConfig) -> IngestSummary:
     identity = config.data.model_dump(mode="json", include={"source", "split"})
     with StoreRun(config.store_url, verb="ingest", fingerprint=fingerprint(identity)) as run:
         stored = _stored_cases(run)
+        settings = _shared_settings(config)
+        _check_settings(config, _root_attributes(run).get("ingested", {}), settings)
         waiting = _keep_splits([ref for ref in refs if ref.case_id not in stored], stored)
         units = {ref.case_id: ref for ref in waiting}
         failures = write_units(run, units, _write_case, stage="ingest", noun="cases")
         refusals += failures.values()
         stored = _stored_cases(run)
         added = len(run.completed)
-        _record(run, stored, refusals)
+        _record(run, stored, refusals, settings)
         snapshot = run.publish(f"{added} cases added, {len(refusals)} refused")
     _judge(config, len(refs), list(failures.values()), refusals)
+    splits = {case.split for case in stored.values()}
+    for missing in {"train", "test"} - splits:
+        logger.warning(
+            "no %s patient in the store: ingest more, or models cannot be %s",
+            missing,
+            "fitted" if missing == "train" else "judged",
+        )
     return IngestSummary(
         cases=len(stored),
         added=added,
@@ -84,6 +92,10 @@ def ingest(config: ExperimentConfig) -> IngestSummary:
 def _stored_cases(run: StoreRun) -> dict[str, VolumeAttrs]:
     root = run.root
     return {case_id: case_attrs(root, case_id) for case_id in case_ids(root)}
+
+
+def _root_attributes(run: StoreRun) -> dict[str, Any]:
+    return run.root.attrs.asdict()
 
 
 def _keep_splits(refs: list[CaseRef], stored: dict[str, VolumeAttrs]) -> list[CaseRef]:
@@ -108,6 +120,8 @@ def _write_case(root: zarr.Group, ref: CaseRef) -> Refusal | None:
         case = prepare(read_case(ref), needs_lung=not abdomen)
     except UnreadableCase as error:
         return Refusal(ref.case_id, error.rule, error.reason)
+    except InputError:  # the recipe's fault, not the case's
+        raise
     except Exception as error:  # one odd file must not stop a thousand others
         # The error's own text may quote the file, and so the patient.
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -117,22 +131,50 @@ def _write_case(root: zarr.Group, ref: CaseRef) -> Refusal | None:
     return None
 
 
-def _record(run: StoreRun, stored: dict[str, VolumeAttrs], refusals: list[Refusal]) -> None:
-    """Writes what was refused into the quarantine, and what the store has into its root."""
-    entries: Any = open_group(run.root, "quarantine").attrs.asdict()["entries"]
-    known = {(entry["source"], entry["rule"]) for entry in entries}
-    new = [refusal for refusal in refusals if (refusal.source, refusal.rule) not in known]
-    if not new and not run.completed:
-        return
+def _shared_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """What all cases of a store must have been ingested with."""
+    settings: dict[str, Any] = {"split": config.data.split.model_dump()}
+    if isinstance(config.data.source, LidcSource):
+        # A mark by which the key is known again, and nothing else.
+        settings["key"] = pseudonym(load_key(config.key_path), "mark", "")
+        settings["consensus_level"] = config.data.source.consensus_level
+    return settings
+
+
+def _check_settings(
+    config: ExperimentConfig, stored: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """Cases that are stored would keep what they have: masks, splits, names under another key."""
+    for name, value in wanted.items():
+        if name in stored and stored[name] != value:
+            if name == "key":
+                raise InputError(
+                    f"{config.key_path} is not the key that the patients of store "
+                    f"{config.store_url} were named with: copy that one here, or use a new store"
+                )
+            raise InputError(
+                f"store {config.store_url} was ingested with {name} {stored[name]}, the recipe "
+                f"says {value}: set it back, or use a new store"
+            )
+
+
+def _record(
+    run: StoreRun,
+    stored: dict[str, VolumeAttrs],
+    refusals: list[Refusal],
+    settings: dict[str, Any],
+) -> None:
+    """Writes what was refused into the quarantine, and the settings into the root."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    patients = len({case.patient_key for case in stored.values()})
-    counts = {"cases": len(stored), "patients": patients, "indicative": is_indicative(patients)}
+    entries = [{**asdict(refusal), "when": now} for refusal in refusals]
 
     def build(root: zarr.Group) -> None:
-        quarantine(root, [{**asdict(refusal), "when": now} for refusal in new])
-        root.attrs.update(counts)
+        update_quarantine(root, entries, readable=stored)
+        known: Any = root.attrs.asdict().get("ingested", {})
+        if known != known | settings:
+            root.attrs["ingested"] = known | settings
 
-    run.declare(build, "Counts and quarantine")
+    run.declare(build, "Quarantine and settings")
 
 
 def _judge(

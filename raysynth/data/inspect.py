@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 
 from raysynth.data.statistics import HU_EDGES, StoreStatistics, statistics
+from raysynth.errors import RaysynthError
 from raysynth.report.html import StorePage, Tile, write_store_page
 from raysynth.store.reader import SampleSet, case_attrs, case_ids, read_case
 from raysynth.store.repository import open_root
@@ -27,13 +28,13 @@ class Inspection:
 
     Attributes:
         problems: one line each; none: the store is valid.
-        summary: what it holds.
-        mean_hu: over all volumes, by label name.
+        summary: what it holds; None if it is too damaged to say.
+        mean_hu: over all volumes, by label name; counted for a page or if all is read.
         page: the picture page, if one was asked for.
     """
 
     problems: list[str]
-    summary: StoreSummary
+    summary: StoreSummary | None
     mean_hu: dict[str, float]
     page: str | None
 
@@ -50,11 +51,17 @@ def inspect_store(url: str, page: Path | None = None, *, full: bool = False) -> 
         InputError: there is no store of this schema version.
     """
     problems = [f"{problem.path or '/'}: {problem.what}" for problem in validate(url, full)]
-    counted = summary(url)
-    volumes = statistics(url)
-    if page is not None:
-        write_store_page(_page(url, problems, counted, volumes), page)
-    return Inspection(problems, counted, volumes.mean_hu, str(page) if page else None)
+    try:
+        counted = summary(url)
+        volumes = statistics(url) if page is not None or full else None
+        if page is not None and volumes is not None:
+            write_store_page(_page(url, problems, counted, volumes), page)
+    except (RaysynthError, KeyError, TypeError, ValueError, IndexError):
+        if not problems:
+            raise
+        return Inspection(problems, None, {}, None)
+    mean_hu = volumes.mean_hu if volumes is not None else {}
+    return Inspection(problems, counted, mean_hu, str(page) if page else None)
 
 
 def _page(
@@ -90,8 +97,8 @@ def _volume_tiles(root: zarr.Group) -> list[Tile]:
     tiles = []
     for number, case_id in enumerate(case_ids(root)[:MAX_CASES], 1):
         case, attributes = read_case(root, case_id), case_attrs(root, case_id)
-        hu, layout = case.volume.hu, case.layout
-        assert layout is not None
+        hu = case.volume.hu
+        layout = case.layout if case.layout is not None else np.zeros(hu.shape, np.uint8)
         extent = attributes.lung_zyx or tuple((0, size) for size in hu.shape)
         z, y, _ = ((start + stop) // 2 for start, stop in extent)
         thin = max(1, hu.shape[2] // VIEW_PIXELS)

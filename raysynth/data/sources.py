@@ -109,7 +109,7 @@ def _list_lidc(source: LidcSource, config: ExperimentConfig) -> tuple[list[CaseR
         )
     series, refused = find_series(source.path)
     if not series:
-        found = f"only unusable files ({refused[0].reason})" if refused else "no DICOM files"
+        found = f"only unusable files ({refused[0].reason})" if refused else "no CT series"
         raise InputError(
             f"data.source.path {source.path} holds {found}: give a folder with CT series"
         )

@@ -80,15 +80,20 @@ def _count(
     block: NDArray[np.int64], url: str, snapshot: str, slabs: list[Slab]
 ) -> NDArray[np.int64]:
     """Of one slab, by label: voxels in each bin and, last, the sum of their HU."""
-    table = np.zeros((1, max(LABELS) + 1, len(HU_EDGES)), np.int64)
     case_id, start, stop = slabs[int(block[0])]
     volume = open_group(open_root(url, snapshot), f"volumes/{case_id}")
     hu = ShardedArray(volume.store, f"{volume.path}/hu").read(start, stop).ravel()
-    layout = ShardedArray(volume.store, f"{volume.path}/layout").read(start, stop).ravel()
+    if "layout" in volume:
+        layout = ShardedArray(volume.store, f"{volume.path}/layout").read(start, stop).ravel()
+    else:
+        layout = np.zeros(hu.shape, np.uint8)
     bins = np.clip(np.digitize(hu, HU_EDGES) - 1, 0, len(HU_EDGES) - 2)
-    np.add.at(table[0], (layout, bins), 1)
-    np.add.at(table[0, :, -1], layout, hu)
-    return table
+    shape = (max(LABELS) + 1, len(HU_EDGES))
+    table = np.bincount(layout * np.intp(shape[1]) + bins, minlength=shape[0] * shape[1])
+    table = table.reshape(shape)
+    # Exact: sums of integers below 2^53.
+    table[:, -1] = np.bincount(layout, hu, minlength=shape[0])
+    return table[None]
 
 
 def _scheduler() -> Callable[..., Any] | str:

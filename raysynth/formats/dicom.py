@@ -155,12 +155,12 @@ def _dicom_files(folder: Path) -> tuple[list[Path], list[Refused]]:
     found = []
     for parent, folders, names in os.walk(folder, onerror=note):
         for path in (Path(parent, name) for name in folders + names):
-            if path.is_symlink():
-                if os.path.commonpath([root, os.path.realpath(path)]) != root:
-                    reason = "a link that leaves the folder: put the files themselves there"
-                    refused.append(Refused(path, "link", reason))
-                continue
             try:
+                if path.is_symlink():
+                    if os.path.commonpath([root, os.path.realpath(path)]) != root:
+                        reason = "a link that leaves the folder: put the files themselves there"
+                        refused.append(Refused(path, "link", reason))
+                    continue
                 # A pipe or device is no file: opening it could wait for ever.
                 if path.is_file() and _claims_dicom(path):
                     found.append(path)

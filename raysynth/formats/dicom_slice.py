@@ -37,6 +37,8 @@ MAX_SIDE = 4096
 MAX_FILE_BYTES = 128 << 20
 SPACING_RANGE_MM = (0.05, 20.0)
 
+_MULTI_FRAME = (uids.EnhancedCTImageStorage, uids.LegacyConvertedEnhancedCTImageStorage)
+
 _HEADER_TAGS = (
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -127,6 +129,11 @@ def identify(path: Path) -> tuple[str, str] | None:
     kind = uids.UID(_text(tags, "SOPClassUID"))
     # Only what DICOM knows as another kind may be passed over: a damaged slice may not.
     require(kind.type == "SOP Class", "unknown-kind", "SOPClassUID is missing or names no kind")
+    require(
+        kind not in _MULTI_FRAME,
+        "multi-frame",
+        "a multi-frame CT object: export the series as one file a slice",
+    )
     if kind != uids.CTImageStorage or "LOCALIZER" in _text(tags, "ImageType"):
         return None
     series_uid = _text(tags, "SeriesInstanceUID")

@@ -137,16 +137,21 @@ def series_nodules(
         consensus_level: share of a nodule's readers who must have drawn a voxel.
 
     Returns:
-        The nodules from the feet upwards; none if the database does not know the series or its
-        readers outlined nothing.
+        The nodules from the feet upwards; none if the readers outlined nothing.
 
     Raises:
-        UnreadableCase: the volume is not the grid on which the readers drew.
+        UnreadableCase: nobody read the series (it may be full of nodules), or the volume is not
+            the grid on which the readers drew.
     """
     scans = _read_scans("series_instance_uid = ?", series_uid)
-    if not scans or not scans[0].annotations:
-        return ()
+    if not scans:
+        raise UnreadableCase(
+            "not-annotated",
+            "the series is none of LIDC-IDRI's 1,018: was its SeriesInstanceUID changed?",
+        )
     scan = scans[0]
+    if not scan.annotations:
+        return ()
     first_plane = _first_plane(scan, volume)
     nodules = []
     for readers in _cluster(scan.annotations, scan.slice_thickness_mm):

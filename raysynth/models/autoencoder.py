@@ -1,12 +1,12 @@
-"""Autoencoders between images in [-1, 1] and latents: MONAI's networks behind one interface."""
+"""Autoencoders between images in [-1, 1] and latents: other people's networks, one interface."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from monai.networks.nets.autoencoderkl import AutoencoderKL
-from monai.networks.nets.vqvae import VQVAE
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -76,52 +76,77 @@ class KLAutoencoder(Autoencoder):
 
 
 class VQAutoencoder(Autoencoder):
-    """Latents near the entries of a codebook that follows them (van den Oord et al. 2017).
+    """Latents near the entries of a learned codebook (van den Oord et al. 2017).
 
     As in latent diffusion, `encode` gives the vectors before quantisation and `decode` snaps to the
     nearest code first, so a diffusion model works in a continuous space.
     """
 
-    def __init__(self, config: VQVAEConfig, spatial_dims: int = 2) -> None:
+    def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
+        from diffusers import VQModel
+
         self.latent_channels = config.latent_channels
-        # MONAI halves the image at each level; ours keeps the first, as the KL network does.
-        halvings = len(config.channels) - 1
-        self.network = VQVAE(
-            spatial_dims=spatial_dims,
+        self.commitment_weight = config.commitment_weight
+        levels = len(config.channels)
+        self.network: Any = VQModel(  # type: ignore[no-untyped-call]
             in_channels=1,
             out_channels=1,
-            channels=config.channels,
-            num_res_layers=config.num_res_blocks,
-            num_res_channels=config.channels,
-            downsample_parameters=((1, 3, 1, 1), *[(2, 4, 1, 1)] * halvings),
-            upsample_parameters=(*[(2, 4, 1, 1, 0)] * halvings, (1, 3, 1, 1, 0)),
-            num_embeddings=config.num_codes,
-            embedding_dim=config.latent_channels,
-            commitment_cost=config.commitment_weight,
-            decay=0.99,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.channels,
+            layers_per_block=config.num_res_blocks,
+            latent_channels=config.latent_channels,
+            num_vq_embeddings=config.num_codes,
+            norm_num_groups=config.norm_num_groups,
         )
+
+    @torch.no_grad()
+    def spread_codes(self, x: Tensor) -> None:
+        """Makes latents of these images (B, 1, y, x) the codes, before training begins.
+
+        Codes that no latent is near are never chosen and never move: from a random start nearly all
+        of a codebook stays like that.
+        """
+        codes = self.network.quantize.embedding.weight
+        cells = self.encode(x).movedim(1, -1).flatten(0, -2)
+        codes.copy_(cells[torch.randint(len(cells), (len(codes),))])
+        codes += 0.01 * cells.std() * torch.randn_like(codes)  # no two are the same
 
     def encode(self, x: Tensor) -> Tensor:
         """The encoder's vectors, not yet quantised."""
-        return self.network.encode(x)
+        latents: Tensor = self.network.encode(x).latents
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of the codes nearest to the latents."""
-        return self.network.decode(self.quantize(latents))
+        return self._decode_codes(self.quantize(latents))
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """The nearest code of every cell. MONAI's own builds a one-hot row of all codes a cell."""
-        codes = self.network.quantizer.quantizer.embedding.weight
-        cells = latents.float().movedim(1, -1)
-        distances = codes.square().sum(1) - 2 * cells.flatten(0, -2) @ codes.T
-        nearest = codes[distances.argmin(dim=1)].view(cells.shape)
+        """The nearest code of every cell."""
+        codes: Tensor = self.network.quantize.embedding.weight
+        cells = latents.detach().float().movedim(1, -1).flatten(0, -2)
+        # Of |cell - code|^2 without |cell|^2, which changes no order.
+        distances = codes.detach().square().sum(1) - 2 * cells @ codes.detach().T
+        nearest = codes[distances.argmin(dim=1)].view(len(latents), *latents.shape[2:], -1)
         return nearest.movedim(-1, 1).to(latents.dtype)
 
     def training_terms(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Reconstruction and gradient error, and the distance of latents from their codes."""
-        reconstruction, commitment = self.network(x)
-        return {**reconstruction_terms(reconstruction, x), "commitment": commitment}
+        """Reconstruction and gradient error; codes drawn to latents, and latents to codes."""
+        latents = self.encode(x)
+        codes = self.quantize(latents)
+        # The decoder's gradient passes the quantiser unchanged.
+        reconstruction = self._decode_codes(latents + (codes - latents).detach())
+        commitment = functional.mse_loss(latents, codes.detach())
+        return {
+            **reconstruction_terms(reconstruction, x),
+            "codebook": functional.mse_loss(codes, latents.detach()),
+            "commitment": self.commitment_weight * commitment,
+        }
+
+    def _decode_codes(self, codes: Tensor) -> Tensor:
+        images: Tensor = self.network.decode(codes, force_not_quantize=True).sample
+        return images
 
 
 def reconstruction_terms(reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:

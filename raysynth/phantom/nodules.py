@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from raysynth.case import ATTRIBUTES, LUNG_LABELS, MAX_READERS, Label, Nodule, Split
-from raysynth.config.data import PhantomSource
+from raysynth.config.data import PhantomSource, SplitConfig
 from raysynth.errors import InputError
 from raysynth.formats.lidc import LidcRecord, nodule_records
 from raysynth.phantom.anatomy import Anatomy
 from raysynth.phantom.grid import Box, Field, Grid, Tubes, blend, edge, pieces
-from raysynth.seeding import unit_interval
+from raysynth.seeding import SPLIT_SALT, unit_interval
+from raysynth.store.splits import split_at
 
 _MIN_READERS = 3
 _MARGIN_MM = 16.0
@@ -314,9 +315,11 @@ def bank(min_diameter_mm: float, split: Split) -> tuple[LidcRecord, ...]:
 
 
 def _split_of(record: LidcRecord) -> Split:
-    """Always 20 % test, 10 % val: whatever shares of phantoms a recipe asks for."""
-    place = unit_interval("phantom nodules", record.patient_id)
-    return "test" if place < 0.2 else "val" if place < 0.3 else "train"
+    """By the default shares of real patients, whatever shares of phantoms a recipe asks for.
+
+    So a model of phantoms has not seen the nodules of real test patients.
+    """
+    return split_at(unit_interval(SPLIT_SALT, record.patient_id), SplitConfig())
 
 
 def _signed_distance(mask: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> NDArray[np.float64]:

@@ -31,8 +31,8 @@ def phantom_torso(source: PhantomSource, number: int) -> Torso:
 def phantom_case(source: PhantomSource, number: int, split: Split = "train") -> Case:
     """One built-in patient with exact layout; a thorax also has nodules.
 
-    It depends on `source`, `number` and, for the choice of nodules, `split` alone: no order, no
-    other patient.
+    It depends on the source's settings, `number` and, for the choice of nodules, `split` alone: no
+    order, no other patient.
 
     Args:
         source: which anatomy, seed, voxel size and nodules.

@@ -201,6 +201,8 @@ def lung_tubes(torso: Torso, lungs: Nodes, fissures: Nodes) -> LungTubes:
 def _bronchi(arteries: Tubes, leaves: NDArray[np.float64], root: Points, side: int) -> list[Tubes]:
     """The bronchi that run beside the thicker arteries, from the end of a main bronchus `root`."""
     thick = leaves >= 10
+    if not thick.any():
+        return []
     way = np.array([0.35, 0.45, -0.8 * side])  # beside the artery, towards the middle
     gap = arteries.radii_mm[thick].mean(axis=1) * 1.9 + 0.6
     beside = arteries.ends_mm[thick] + (way / np.linalg.norm(way)) * gap[:, None, None]
@@ -210,7 +212,7 @@ def _bronchi(arteries: Tubes, leaves: NDArray[np.float64], root: Points, side: i
 
 
 def _joined(tubes: list[Tubes]) -> Tubes:
-    return sum(tubes[1:], tubes[0])
+    return sum(tubes, Tubes(np.zeros((0, 2, 3)), np.zeros((0, 2))))
 
 
 def _tree(trunk: Points, targets: Points) -> tuple[Tubes, NDArray[np.float64]]:

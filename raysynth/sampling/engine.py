@@ -111,7 +111,10 @@ class SamplingEngine:
             guided: whether requests may ask for a guidance_scale other than 1.
             device: where to compute.
         """
-        self.denoiser = denoiser.to(device).eval()
+        # Convolutions read images with their channels last without reordering them first.
+        self.denoiser: LatentDenoiser = denoiser.to(  # type: ignore[call-overload]
+            device, memory_format=torch.channels_last
+        ).eval()
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.sample_size = sample_size
@@ -158,7 +161,7 @@ class SamplingEngine:
         self._put_condition(slot, encoded)
         self._put_table(slot, table)
         self._guidance[slot] = request.guidance_scale
-        self._x_t[slot].normal_(generator=generator)
+        self._x_t[slot] = self._noise[slot].normal_(generator=generator)
         self._x_0[slot] = 0
         return True
 
@@ -202,9 +205,10 @@ class SamplingEngine:
         """The slots' state on the device. The row after the last step is the idle one: all zero."""
         slots, rows = self.max_slots, self.schedule.num_train_timesteps + 1
         axes = (1,) * len(latent_shape)
-        self._x_t, self._x_0, self._noise = torch.zeros(
-            3, slots, *latent_shape, device=self.device
-        ).unbind()
+        # Generators fill memory in its order: noise stays contiguous, so that seeds mean the same.
+        self._noise = torch.zeros(slots, *latent_shape, device=self.device)
+        self._x_t = self._noise.to(memory_format=torch.channels_last, copy=True)
+        self._x_0 = self._x_t.clone()
         self._guidance = torch.ones(slots, *axes, device=self.device)
         self._timesteps = torch.zeros(slots, rows, dtype=torch.int64, device=self.device)
         self._weights = torch.zeros(slots, rows, 6, *axes, device=self.device)

@@ -115,7 +115,7 @@ def _check_folder(path: Path, create: bool) -> None:
 
 def _create_folder(path: Path) -> None:
     """Makes the store beside its place and moves it there: a crash leaves no half of one."""
-    draft = path.with_name(path.name + ".new")
+    draft = path.with_name(f".{path.name}.raysynth-draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     _write_root(icechunk.Repository.create(_folder_storage(draft)))

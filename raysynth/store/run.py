@@ -184,7 +184,8 @@ class StoreRun:
     def _resume(self, tip: str, main: str) -> None:
         self._tip = tip
         for snapshot in self._repository.ancestry(snapshot_id=tip):
-            if snapshot.metadata.get("run") != self.branch:
+            # An earlier, published run may have had the same name.
+            if snapshot.id == main or snapshot.metadata.get("run") != self.branch:
                 self._start = snapshot.id
                 break
             self._completed.update(snapshot.metadata["keys"])

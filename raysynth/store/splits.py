@@ -26,14 +26,7 @@ def assign_splits(patient_ids: Iterable[str], split: SplitConfig) -> dict[str, S
         split: shares of patients.
     """
     places = {patient: unit_interval(SPLIT_SALT, patient) for patient in patient_ids}
-    splits: dict[str, Split] = {
-        patient: "test"
-        if place < split.test
-        else "val"
-        if place < split.test + split.val
-        else "train"
-        for patient, place in places.items()
-    }
+    splits = {patient: split_at(place, split) for patient, place in places.items()}
     if not splits:
         return splits
     ordered = sorted(places, key=lambda patient: (places[patient], patient))
@@ -42,6 +35,13 @@ def assign_splits(patient_ids: Iterable[str], split: SplitConfig) -> dict[str, S
     if "train" not in splits.values():
         splits[ordered[-1]] = "train"
     return splits
+
+
+def split_at(place: float, split: SplitConfig) -> Split:
+    """The split of a patient at a place in [0, 1)."""
+    if place < split.test:
+        return "test"
+    return "val" if place < split.test + split.val else "train"
 
 
 def is_indicative(num_patients: int) -> bool:

@@ -129,6 +129,7 @@ def summary(url: str | Path) -> StoreSummary:
     repository = open_repository(url)
     root = open_root(url)
     cases = [case_attrs(root, case_id) for case_id in case_ids(root)]
+    published = {past.id for past in repository.ancestry(branch="main")}
     publications = tuple(
         Publication(past.id, past.written_at.isoformat(timespec="seconds"), past.message)
         for past in repository.ancestry(branch="main")
@@ -148,7 +149,11 @@ def summary(url: str | Path) -> StoreSummary:
         stored_bytes=stored.native_bytes + stored.inlined_bytes,
         publications=publications,
         unpublished=tuple(
-            sorted(name for name in repository.list_branches() if name.startswith("run-"))
+            sorted(
+                name
+                for name in repository.list_branches()
+                if repository.lookup_branch(name) not in published
+            )
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,22 +95,31 @@ def set_index(group: zarr.Group, columns: Mapping[str, ArrayLike], first_row: in
     write_rows(group, first_row, arrays)
 
 
-def quarantine(root: zarr.Group, entries: Iterable[Mapping[str, str]]) -> None:
-    """Adds what was refused, by the driver. What is there already (same source and rule) stays.
+def update_quarantine(
+    root: zarr.Group, entries: Iterable[Mapping[str, str]], readable: Collection[str] = ()
+) -> None:
+    """Adds what was refused, by the driver, and lets go what could be read after all.
+
+    What is there already (same source and rule) keeps its time; if nothing changes, nothing is
+    written.
 
     Args:
         root: writable root group.
         entries: `source` (keyed hash), `rule`, `reason` and `when` (UTC, ISO 8601).
+        readable: sources that are in the store now.
     """
     group = _group(root, "quarantine")
-    present: list[dict[str, str]] = list(group.attrs["entries"])  # type: ignore[arg-type]
-    known = {(entry["source"], entry["rule"]) for entry in present}
+    before: list[dict[str, str]] = list(group.attrs["entries"])  # type: ignore[arg-type]
+    after = {
+        (entry["source"], entry["rule"]): entry
+        for entry in before
+        if entry["source"] not in readable
+    }
     for entry in entries:
         assert entry.keys() == {"source", "rule", "reason", "when"}, sorted(entry)
-        if (entry["source"], entry["rule"]) not in known:
-            known.add((entry["source"], entry["rule"]))
-            present.append(dict(entry))
-    group.attrs["entries"] = present
+        after.setdefault((entry["source"], entry["rule"]), dict(entry))
+    if list(after.values()) != before:
+        group.attrs["entries"] = list(after.values())
 
 
 def volume_attributes(case: Case) -> dict[str, Any]:

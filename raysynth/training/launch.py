@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError, RaysynthError
 from raysynth.progress import progress
-from raysynth.store.repository import local_path
 from raysynth.training.context import LocalContext
 from raysynth.training.history import HISTORY_FILE, read_history
 from raysynth.training.worker import RunPlan, TrainSummary, finished_run, plan_run, train_and_bundle
@@ -39,7 +38,6 @@ def train(config: ExperimentConfig) -> TrainSummary:
             process trains the same recipe, or the checkpoints belong to another recipe.
         RaysynthError: training diverged, or failed too often.
     """
-    config = _absolute(config)
     plan = plan_run(config)
     done = finished_run(config, plan)
     if done is not None:
@@ -199,11 +197,3 @@ def _watch(history: Path, max_seen_samples: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _absolute(config: ExperimentConfig) -> ExperimentConfig:
-    """The recipe with paths that mean the same in every worker's folder."""
-    changes: dict[str, Any] = {"work_dir": config.work_dir.absolute()}
-    if config.store is not None and (local := local_path(config.store)) is not None:
-        changes["store"] = str(local.absolute())
-    return config.model_copy(update=changes)

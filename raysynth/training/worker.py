@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import zarr
+from numpy.typing import NDArray
 
 from raysynth.config import ExperimentConfig, LatentDiffusionConfig
 from raysynth.data.encode import latents_path
 from raysynth.data.stream import SampleStream
 from raysynth.errors import InputError
-from raysynth.models.autoencoder import build_autoencoder
+from raysynth.models.autoencoder import VQAutoencoder, build_autoencoder
 from raysynth.models.bundle import bundle_digest, load_bundle, read_facts, save_bundle
 from raysynth.models.denoiser import build_denoiser
 from raysynth.models.facts import BundleFacts
+from raysynth.preprocess.window import normalize
 from raysynth.seeding import fingerprint, seed_of
 from raysynth.store.reader import SampleSet, case_attrs, open_group
 from raysynth.store.repository import main_snapshot, open_root
@@ -28,8 +31,12 @@ from raysynth.training.engines import choose_engine
 from raysynth.training.history import HISTORY_FILE
 from raysynth.training.loop import Outcome, RunFiles, fit
 from raysynth.training.objectives import AutoencoderObjective, LatentDiffusionObjective, Objective
+from storage_schema.v1 import SPLITS
 
 SUMMARY_FILE = "summary.json"
+
+NUM_CODE_SLICES = 16
+"""Slices whose latents a codebook begins with: 65,536 of them at the paper's size."""
 
 FREE_FIELDS = {
     "max_seen_samples",
@@ -157,7 +164,7 @@ def train_and_bundle(
     root = open_root(config.store_url, plan.files.snapshot)
     samples = SampleSet(open_group(root, plan.samples))
     latents = SampleSet(open_group(root, plan.latents)) if plan.latents else None
-    objective = build_objective(config, latents)
+    objective = build_objective(config, samples, latents)
     stream = SampleStream(
         samples,
         objective.columns,
@@ -192,17 +199,24 @@ def train_and_bundle(
     return summary
 
 
-def build_objective(config: ExperimentConfig, latents: SampleSet | None) -> Objective:
-    """The recipe's objective around a fresh network, whose weights follow from the seed alone."""
+def build_objective(
+    config: ExperimentConfig, samples: SampleSet, latents: SampleSet | None
+) -> Objective:
+    """The recipe's objective around a fresh network, whose weights follow from the seed alone.
+
+    Only a codebook follows from the first training samples, too.
+    """
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", config.seed))
         if not isinstance(model, LatentDiffusionConfig):
             cells = config.data.samples.size // model.downsampling
             shape = (model.latent_channels, cells, cells)
-            return AutoencoderObjective(
-                build_autoencoder(model), model.window_hu, shape, config.seed
-            )
+            autoencoder = build_autoencoder(model)
+            if isinstance(autoencoder, VQAutoencoder):
+                hu = _first_training_slices(samples, NUM_CODE_SLICES)
+                autoencoder.spread_codes(torch.from_numpy(normalize(hu, model.window_hu)[:, None]))
+            return AutoencoderObjective(autoencoder, model.window_hu, shape, config.seed)
         assert latents is not None
         channels, size, _ = latents.shape
         return LatentDiffusionObjective(
@@ -212,6 +226,18 @@ def build_objective(config: ExperimentConfig, latents: SampleSet | None) -> Obje
             config=model,
             seed=config.seed,
         )
+
+
+def _first_training_slices(samples: SampleSet, count: int) -> NDArray[np.int16]:
+    """Evenly spread slices of the first shard that has any of the training split, (n, y, x)."""
+    rows = np.flatnonzero(samples.index["split"] == SPLITS.index("train"))
+    if not len(rows):
+        raise InputError("the sample set has no train samples: ingest more patients")
+    start, stop = samples.shard_rows(int(rows[0]) // samples.rows_per_shard)
+    inside = rows[rows < stop] - start
+    chosen = inside[np.linspace(0, len(inside) - 1, min(len(inside), count)).astype(int)]
+    hu: NDArray[np.int16] = samples.read("hu", start, stop)[chosen]
+    return hu
 
 
 def _save_bundle(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_the_store_holds_what_the_source_has(phantom_store: ExperimentConfig) ->
     np.testing.assert_array_equal(stored.layout, expected.layout)
     assert stored.split == refs[2].split
     assert len(stored.nodules) == len(expected.nodules) > 0
-    assert (root.attrs["cases"], root.attrs["patients"], root.attrs["indicative"]) == (4, 4, True)
+    assert root.attrs["ingested"] == {"split": {"val": 0.1, "test": 0.2}}
 
 
 def test_a_second_ingest_adds_only_what_is_new(tmp_path: Path, local_ray: None) -> None:
@@ -53,56 +54,95 @@ def test_a_second_ingest_adds_only_what_is_new(tmp_path: Path, local_ray: None) 
     assert splits == ["train", "test"]
 
 
+def test_settings_that_stored_cases_share_cannot_change(tmp_path: Path, local_ray: None) -> None:
+    source = {**TINY_SOURCE, "num_patients": 1}
+    ingest(tiny_config(tmp_path, source=source))
+    with pytest.raises(InputError, match=r"was ingested with split .*'test': 0.2.* set it back"):
+        ingest(tiny_config(tmp_path, source=source, split={"test": 0.3}))
+
+
+def test_a_recipe_nobody_can_fulfil_is_not_the_cases_fault(tmp_path: Path, local_ray: None) -> None:
+    with pytest.raises(InputError, match="no LIDC nodule measures 60 mm"):
+        ingest(tiny_config(tmp_path, source={**TINY_SOURCE, "min_diameter_mm": 60}))
+    assert open_root(str(tmp_path / "store"))["quarantine"].attrs["entries"] == []
+
+
+# Read by LIDC's radiologists, who outlined nothing in them.
+NODULE_FREE_SERIES = (
+    "1.3.6.1.4.1.14519.5.2.1.6279.6001.203741923654363010377298352671",
+    "1.3.6.1.4.1.14519.5.2.1.6279.6001.803808126682275425758092691689",
+)
+
+
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DICOM of two phantoms, of one whose middle plane is lost, of noise, and one broken file."""
+    """DICOM of two phantoms, of one that lost its middle plane, and of no LIDC patient; noise."""
     folder = tmp_path_factory.mktemp("scans")
     source = PhantomSource(spacing_mm=(5.0, 3.0, 3.0))
-    for number in range(2):
+    for number, uid in enumerate([*NODULE_FREE_SERIES, "1.2.3.4"]):
         volume = phantom_case(source, number).volume
-        uid = f"1.2.3.{number}"
         write_series(folder / f"Doe{number}", volume, series_uid=uid, patient_id=f"MRN-{number}")
-    holed = write_series(folder / "Doe2", volume, series_uid="1.2.3.2", patient_id="MRN-2")
+    holed = write_series(folder / "Doe3", volume, series_uid="1.2.3.2", patient_id="MRN-3")
     holed[len(holed) // 2].unlink()
-    (folder / "Doe3").mkdir()
-    (folder / "Doe3" / "broken.dcm").write_bytes(b"no DICOM")
+    (folder / "Doe4").mkdir()
+    (folder / "Doe4" / "broken.dcm").write_bytes(b"no DICOM")
     return folder
 
 
 def test_bad_cases_go_to_quarantine_without_a_name(
     tmp_path: Path, scans: Path, local_ray: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = tiny_config(tmp_path, source={"kind": "lidc", "path": scans})
+    source = {"kind": "lidc", "path": scans}
+    config = tiny_config(tmp_path, source=source, max_quarantined=0.7)
     summary = ingest(config)
-    assert (summary.cases, summary.added, summary.quarantined) == (2, 2, 2)
+    assert (summary.cases, summary.added, summary.quarantined) == (2, 2, 3)
     root = open_root(config.store_url)
     entries = root["quarantine"].attrs["entries"]
-    assert {entry["rule"] for entry in entries} == {"missing-slice", "not-dicom"}
+    assert {entry["rule"] for entry in entries} == {"missing-slice", "not-dicom", "not-annotated"}
     for case_id in reader.case_ids(root):
         layout = reader.read_case(root, case_id).layout
         assert {Label.LEFT_LUNG, Label.RIGHT_LUNG} <= set(np.unique(layout).tolist())
     everything = json.dumps([root.attrs.asdict(), caplog.text]) + "".join(
         path + json.dumps(node.attrs.asdict()) for path, node in root.members(max_depth=None)
     )
-    for secret in ("MRN", "Doe", "1.2.3.", "Elsewhere", "19991231", str(scans)):
+    for secret in ("MRN", "Doe", "1.2.3.", "1.3.6.1", "Elsewhere", "19991231", str(scans)):
         assert secret not in everything
 
     again = ingest(config)
     assert (again.added, again.snapshot) == (0, summary.snapshot)
+
+    config.key_path.write_text("0" * 64)
+    with pytest.raises(InputError, match=r"is not the key that the patients .* were named with"):
+        ingest(config)
+
+
+def test_who_is_read_at_last_leaves_the_quarantine(
+    tmp_path: Path, scans: Path, local_ray: None
+) -> None:
+    folder = tmp_path / "scans"
+    shutil.copytree(scans / "Doe0", folder / "a")
+    shutil.copytree(scans / "Doe1", folder / "b")
+    lost = sorted((folder / "b").iterdir())[5].rename(tmp_path / "lost.dcm")
+    config = tiny_config(tmp_path, source={"kind": "lidc", "path": folder})
+    assert ingest(config).quarantined == 1
+    lost.rename(folder / "b" / "found.dcm")
+    summary = ingest(config)
+    assert (summary.cases, summary.added, summary.quarantined) == (2, 1, 0)
+    assert open_root(config.store_url)["quarantine"].attrs["entries"] == []
 
 
 def test_too_many_refusals_fail_after_the_good_cases_are_published(
     tmp_path: Path, scans: Path, local_ray: None
 ) -> None:
     source = {"kind": "lidc", "path": scans}
-    with pytest.raises(RaysynthError, match=r"50% of the cases were refused, .* is 40%") as caught:
+    with pytest.raises(RaysynthError, match=r"60% of the cases were refused, .* is 40%") as caught:
         ingest(tiny_config(tmp_path, source=source, max_quarantined=0.4))
     assert caught.value.exit_code == 1
     assert len(reader.case_ids(open_root(str(tmp_path / "store")))) == 2
 
 
 def test_nothing_but_refusals_is_bad_input(tmp_path: Path, scans: Path, local_ray: None) -> None:
-    source = {"kind": "lidc", "path": scans / "Doe2"}
+    source = {"kind": "lidc", "path": scans / "Doe3"}
     with pytest.raises(InputError, match=r"all 1 cases were refused: missing-slice \(1\)"):
         ingest(tiny_config(tmp_path, source=source))
     store = str(tmp_path / "store")

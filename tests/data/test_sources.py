@@ -49,8 +49,8 @@ def test_a_split_has_whole_patients_and_names_are_keyed(tmp_path: Path) -> None:
     ("files", "reason"),
     [
         (None, "is no folder: give the one that holds the patients"),
-        ({}, "holds no DICOM files: give a folder with CT series"),
-        ({"README.md": b"hello"}, "holds no DICOM files"),
+        ({}, "holds no CT series: give a folder with CT series"),
+        ({"README.md": b"hello"}, "holds no CT series"),
         ({"a/1.dcm": b"noise", "a/2.dcm": b"noise"}, "holds only unusable files"),
     ],
 )

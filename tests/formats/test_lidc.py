@@ -128,8 +128,10 @@ def test_another_grid_is_refused(changes: dict[str, object], reason: str) -> Non
     assert caught.value.rule == "annotations-misfit"
 
 
-def test_unknown_series_has_no_nodules() -> None:
-    assert series_nodules("1.2.3", grid_0013()) == ()
+def test_a_series_that_nobody_read_is_not_nodule_free() -> None:
+    with pytest.raises(UnreadableCase, match="was its SeriesInstanceUID changed") as caught:
+        series_nodules("1.2.3", grid_0013())
+    assert caught.value.rule == "not-annotated"
 
 
 def test_the_whole_database() -> None:

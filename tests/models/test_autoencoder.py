@@ -35,7 +35,7 @@ def test_gradients_reach_every_parameter(config):
     assert set(terms) == {
         "reconstruction",
         "gradient",
-        "kl" if config.family == "autoencoder_kl" else "commitment",
+        *(["kl"] if config.family == "autoencoder_kl" else ["codebook", "commitment"]),
     }
     sum(terms.values()).backward()
     for name, parameter in autoencoder.named_parameters():
@@ -73,12 +73,37 @@ def test_kl_term_matches_its_closed_form():
     torch.testing.assert_close(kl / CONFIGS["kl"].kl_weight, expected)
 
 
-def test_quantize_equals_monai():
-    autoencoder = build_autoencoder(CONFIGS["vq"]).eval()
+def test_quantize_and_its_gradient_equal_diffusers():
+    autoencoder = build_autoencoder(CONFIGS["vq"])
+    x = torch.rand(2, 1, 16, 16) * 2 - 1
+    autoencoder.spread_codes(x)
     latents = torch.randn(2, 3, 4, 5)
-    with torch.no_grad():
-        expected, _ = autoencoder.network.quantize(latents)
+    expected, _, _ = autoencoder.network.quantize(latents)
     torch.testing.assert_close(autoencoder.quantize(latents), expected)
+
+    decoded = autoencoder.network(x).sample
+    torch.testing.assert_close(autoencoder.decode(autoencoder.encode(x)), decoded)
+    reconstruction_terms(decoded, x)["reconstruction"].backward()
+    expected = autoencoder.network.quant_conv.weight.grad.clone()
+    autoencoder.zero_grad()
+    autoencoder.training_terms(x, torch.empty(0))["reconstruction"].backward()
+    torch.testing.assert_close(autoencoder.network.quant_conv.weight.grad, expected)
+
+
+def test_a_codebook_begins_among_the_latents():
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(CONFIGS["vq"])
+    x = torch.rand(4, 1, 32, 32) * 2 - 1
+    used_at_random = codes_used(autoencoder, x)
+    autoencoder.spread_codes(x)
+    assert codes_used(autoencoder, x) > 24 > used_at_random  # of 32
+
+
+def codes_used(autoencoder, x):
+    with torch.no_grad():
+        return len(
+            autoencoder.quantize(autoencoder.encode(x)).movedim(1, -1).flatten(0, -2).unique(dim=0)
+        )
 
 
 def test_reconstruction_terms_of_a_constant_offset():

@@ -108,6 +108,11 @@ def test_finer_voxels_show_the_same_patient() -> None:
     assert volumes[0] == pytest.approx(volumes[1], rel=0.02)
 
 
+def test_an_abdomen_without_lung_vessels_is_one_too() -> None:
+    source = PhantomSource(anatomy="abdomen", spacing_mm=(8.0, 5.0, 5.0))
+    assert (phantom_case(source, 152).layout == Label.LIVER).any()
+
+
 def test_an_abdomen_has_its_organs() -> None:
     source = PhantomSource(anatomy="abdomen", spacing_mm=(4.0, 2.5, 2.5))
     case = phantom_case(source, 0)

@@ -75,6 +75,17 @@ def test_an_uninterrupted_run(tmp_path: Path) -> None:
     assert open_root(url).attrs["last_run"]["message"] == "Three shards"
 
 
+def test_a_second_run_of_the_same_name_resumes_too(tmp_path: Path) -> None:
+    url = str(tmp_path / "store")
+    for name in ("first", "second"):
+        with StoreRun(url, "ingest", "abc") as run:
+            run.declare(lambda root, name=name: root.create_group(name), f"{name} half", [name])
+        with StoreRun(url, "ingest", "abc") as run:
+            assert run.completed == {name}
+            run.publish(name)
+    assert {"first", "second"} <= set(open_root(url).group_keys())
+
+
 @pytest.mark.parametrize("kill_after", range(1, STEPS))
 def test_resumes_wherever_it_was_stopped(tmp_path: Path, kill_after: int) -> None:
     url = str(tmp_path / "store")
@@ -124,7 +135,7 @@ def test_survives_a_kill(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_the_store_is_made(tmp_path: Path) -> None:
-    (tmp_path / "store.new" / "snapshots").mkdir(parents=True)
+    (tmp_path / ".store.raysynth-draft" / "snapshots").mkdir(parents=True)
     with StoreRun(str(tmp_path / "store"), "shard", "abc") as run:
         list(steps(run))
     assert_complete(str(tmp_path / "store"))

@@ -16,8 +16,8 @@ from raysynth.store.repository import open_root
 from raysynth.store.writer import (
     create_sample_set,
     create_volume,
-    quarantine,
     set_index,
+    update_quarantine,
     write_rows,
     write_volume,
 )
@@ -142,8 +142,8 @@ def test_quarantine_merges_without_duplicates() -> None:
         "reason": "why",
         "when": "2026-01-01T00:00:00Z",
     }
-    quarantine(root, [first, first])
-    quarantine(root, [{**first, "when": "2026-02-02"}, {**first, "rule": "tilt"}])
+    update_quarantine(root, [first, first])
+    update_quarantine(root, [{**first, "when": "2026-02-02"}, {**first, "rule": "tilt"}])
     entries = root["quarantine"].attrs["entries"]
     assert [(e["source"], e["rule"], e["when"][:7]) for e in entries] == [
         ("a", "missing-slice", "2026-01"),
