@@ -6,10 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("raysynth", deadline=None)
+hypothesis.settings.load_profile("raysynth")
 
 
 @pytest.fixture(autouse=True)

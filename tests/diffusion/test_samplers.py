@@ -69,12 +69,10 @@ def test_each_step_equals_diffusers(sampler, steps, prediction_type):
 def test_perfect_denoiser_gives_x_0(sampler, schedule_name, steps):
     schedule = build_schedule(schedule_name)
     table = step_table(sampler, schedule, steps)
-    x_0 = torch.randn(2, 3, 4, 4)
-    x_t, x_0_prev = torch.randn(2, 2, 3, 4, 4)
+    x_0, x_t = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for weights in table.weights:
         x_t = sampler_step(columns(weights), x_t, x_0, x_0, torch.randn_like(x_t))
     torch.testing.assert_close(x_t, x_0, rtol=0, atol=1e-6)
-    assert x_0_prev.isfinite().all()
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm_solver++"])

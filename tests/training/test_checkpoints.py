@@ -97,10 +97,15 @@ def killed_at(folder: CheckpointFolder, seen_samples: int, operation: int) -> bo
                 if operations == operation:
                     os._exit(9)
 
-        sys.addaudithook(count)
-        write(folder, seen_samples)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        try:
+            sys.addaudithook(count)
+            write(folder, seen_samples)
+            os._exit(0)
+        finally:  # an error must not go on as a second pytest
+            os._exit(1)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended in (0, 9), f"the child that should die at operation {operation} failed"
+    return ended == 9
 
 
 def test_a_kill_at_any_file_operation_costs_at_most_that_checkpoint(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import random
+import os
+import re
 import shutil
+import signal
+import sys
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -15,8 +18,8 @@ from filelock import FileLock
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
 from raysynth.models.bundle import load_bundle
-from raysynth.training.history import read_history
-from raysynth.training.launch import train
+from raysynth.training.history import History, read_history
+from raysynth.training.launch import _ray_worker, train
 from tests.store.conftest import make_store
 from tests.training.conftest import DIFFUSION, recipe
 
@@ -92,11 +95,15 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_machine_too_small_is_not_waited_for(trained: Path, local_ray: None) -> None:
+def test_a_machine_too_small_is_not_waited_for(
+    trained: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"wants 4 CPU and this machine offers 2"):
+        train(recipe(trained, "cpus", num_workers=2, threads_per_worker=2))
+    # The machine under this test may have a GPU.
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(InputError, match=r"wants 1 GPU and this machine offers 0"):
         train(recipe(trained, "gpu", use_gpu=True))
-    with pytest.raises(InputError, match=r"wants 4 CPU"):
-        train(recipe(trained, "cpus", num_workers=2, threads_per_worker=2))
 
 
 LONG = {"max_seen_samples": 320, "checkpoint_every": 40, "keep_checkpoints": 9}
@@ -109,47 +116,48 @@ def alone(trained: Path) -> list[float]:
     return [point["loss"] for point in read_history(summary.history)]
 
 
-class Killer(threading.Thread):
-    """Kills rank 0 as soon as the run has a checkpoint."""
+def killed_once(steps: Path) -> Callable[[dict[str, Any]], object]:
+    """What each worker of a group runs: rank 0 of the first attempt dies between two checkpoints.
 
-    def __init__(self, work_dir: Path, name: str) -> None:
-        super().__init__(daemon=True)
-        self.checkpoints = work_dir / "checkpoints" / name
-        self.history = str(work_dir / "logs" / name / "history.jsonl")
-        self.killed = 0
+    Args:
+        steps: a file to which rank 0 adds the `seen_samples` of every step that it has done.
+    """
 
-    def run(self) -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not self.killed:
-            time.sleep(0.005)
-            if any(self.checkpoints.glob("seen-*")):
-                for process in psutil.process_iter():
-                    if process.pid != psutil.Process().pid and self._writes(process):
-                        self.first = (self.checkpoints / "seen-000000000040").stat().st_ino
-                        process.kill()
-                        self.killed = process.pid
+    # Ray ships a function inside a function as it is: its workers need not import this module.
+    def run(settings: dict[str, Any]) -> object:
+        first_attempt, advance = not steps.exists(), History.advance
 
-    def _writes(self, process: psutil.Process) -> bool:
-        try:
-            return any(file.path == self.history for file in process.open_files())
-        except psutil.Error:
-            return False
+        def advance_or_die(history: History, seen_samples: int, loss: float | None) -> None:
+            advance(history, seen_samples, loss)
+            with steps.open("a") as file:
+                file.write(f"{seen_samples}\n")
+            if first_attempt and seen_samples == 64:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        History.advance = advance_or_die
+        return _ray_worker(settings)
+
+    return run
 
 
 @pytest.mark.ray
 def test_two_workers_equal_one_even_if_one_is_killed(
-    trained: Path, local_ray: None, alone: list[float]
+    trained: Path,
+    local_ray: None,
+    alone: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    killer = Killer(trained, "ddp")
-    killer.start()
+    steps = tmp_path / "steps"
+    monkeypatch.setattr("raysynth.training.launch._ray_worker", killed_once(steps))
     summary = train(recipe(trained, "ddp", num_workers=2, **LONG))
-    assert killer.killed
     assert summary.engine == "ddp"
+    # Killed after 64 samples, it went on from the checkpoint after 40.
+    done = [int(line) for line in steps.read_text().split()]
+    assert done == [*range(8, 65, 8), *range(48, 321, 8)]
     points = read_history(summary.history)
     assert [point["seen_samples"] for point in points] == list(range(8, 321, 8))
     assert [point["loss"] for point in points] == pytest.approx(alone, abs=1e-5)
-    # It went on from a checkpoint: the first one was not written a second time.
-    assert (killer.checkpoints / "seen-000000000040").stat().st_ino == killer.first
 
 
 @pytest.mark.ray
@@ -163,45 +171,71 @@ def test_deepspeed_equals_one_worker(trained: Path, local_ray: None, alone: list
         train(recipe(trained, "zero2", num_workers=1, max_seen_samples=80))
 
 
-def _train(config: ExperimentConfig) -> None:
+IN_WRITING = [
+    ("open", r"/\.writing-seen-\d+/state\.pt$", 1),  # to sync it
+    ("open", r"/\.writing-seen-\d+/manifest\.json$", 1),
+    ("os.rename", r"/\.writing-seen-\d+$", 1),
+    ("os.rename", r"/\.writing-latest$", 1),  # the checkpoint is whole, and not pointed to
+    ("os.rmdir", r"/seen-\d+$", 2),  # it is the newest, and the oldest one is half deleted
+]
+"""What Python is about to do to which path, and checkpoints that are committed by then."""
+
+
+def train_and_die_writing(config: ExperimentConfig, event: str, path: str) -> None:
+    """Trains, and dies by SIGKILL in the writing of its second checkpoint."""
+    main_thread, times = threading.get_ident(), 0
+
+    def count(seen: str, arguments: tuple[object, ...]) -> None:
+        nonlocal times
+        if seen == event and threading.get_ident() == main_thread:
+            times += re.search(path, str(arguments[0])) is not None
+            if times == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    train(config)
+
+
+def train_and_die_after(config: ExperimentConfig, seen_samples: int) -> None:
+    """Trains, and dies by SIGKILL at the end of the step that reaches `seen_samples`."""
+    advance = History.advance
+
+    def advance_or_die(history: History, seen: int, loss: float | None) -> None:
+        advance(history, seen, loss)
+        if seen == seen_samples:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    History.advance = advance_or_die
     train(config)
 
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_the_same(trained: Path) -> None:
-    """Every other kill hits the writing of a checkpoint."""
-    settings = {"max_seen_samples": 1600, "checkpoint_every": 40, "keep_checkpoints": 2}
+    """Every other kill hits the writing of a checkpoint, the others all steps after one."""
+    settings = {"max_seen_samples": 800, "checkpoint_every": 40, "keep_checkpoints": 2}
     unbroken = read_history(train(recipe(trained, "unbroken", **settings)).history)
     config = recipe(trained, "killed", **settings)
-    checkpoints = trained / "checkpoints" / "killed"
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["raysynth.training.launch"])
-    chance = random.Random(0)
-    hit_writing = 0
-    for kill in range(10):
-        at_start = _seen(checkpoints)
-        process = processes.Process(target=_train, args=(config,))
-        process.start()
-        while _seen(checkpoints) == at_start:  # it gets a little further every time
-            assert process.is_alive()
-            time.sleep(0.001)
-        if kill % 2:
-            time.sleep(chance.random() / 4)
-        else:
-            while process.is_alive() and not any(checkpoints.glob(".writing-*")):
-                pass
-        process.kill()
-        process.join()
-        hit_writing += any(checkpoints.glob(".writing-*"))
-    assert _seen(checkpoints) < 1600
-    assert hit_writing >= 3
+    seen_samples = 0
+    for pair, (event, path, committed) in enumerate(IN_WRITING, 1):
+        for target, arguments, further in (
+            (train_and_die_after, (config, seen_samples + 40 + 8 * pair), 40),
+            (train_and_die_writing, (config, event, path), 40 * committed),
+        ):
+            process = processes.Process(target=target, args=arguments)
+            process.start()
+            process.join(timeout=300)
+            ended = process.exitcode
+            process.kill()
+            assert ended == -signal.SIGKILL, (target, arguments)
+            seen_samples += further
+            assert _seen(config) == seen_samples, (target, arguments)
     again = read_history(train(config).history)
     assert [p["loss"] for p in again] == pytest.approx([p["loss"] for p in unbroken], abs=1e-6)
 
 
-def _seen(checkpoints: Path) -> int:
+def _seen(config: ExperimentConfig) -> int:
     """Samples of the newest committed checkpoint."""
-    try:
-        return int((checkpoints / "latest").read_text().removeprefix("seen-"))
-    except FileNotFoundError:
-        return 0
+    pointer = config.work_dir / "checkpoints" / config.name / "latest"
+    return int(pointer.read_text().removeprefix("seen-"))
