@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +57,10 @@ def run_demo(work_dir: Path, lidc: Path | None, overrides: list[str]) -> DemoSum
         ("synthesize", stages.synthesize, model),
         ("evaluate", stages.evaluate, model),
     ]
-    results: dict[str, stages.Result] = {}
-    seconds: dict[str, float] = {}
     with connect():
-        for name, stage, config in steps:
-            started = time.monotonic()
-            results[name] = stage(config)
-            seconds[name] = round(time.monotonic() - started, 2)
+        results = {name: stage(config) for name, stage, config in steps}
+    timings = stages.stage_seconds(model)
+    seconds = {name: timings[f"{stage.__name__} {config.name}"] for name, stage, config in steps}
     return _summarize(model, results, seconds)
 
 

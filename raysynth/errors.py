@@ -32,6 +32,14 @@ class UnreadableCase(InputError):
         return type(self), (self.rule, self.reason)
 
 
+class UnfitCheckpoint(InputError):
+    """A run cannot go on from its checkpoint; every worker of the run finds that alike."""
+
+
+class Diverged(RaysynthError):
+    """Training lost its way; every worker of the run finds that alike."""
+
+
 class StoreConflict(RaysynthError):
     """Somebody else wrote to the store meanwhile; what this run did stays on its own branch."""
 

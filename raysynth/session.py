@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from raysynth.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def set_defaults() -> None:
@@ -53,6 +57,35 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_resources(count: int, each: Mapping[str, float], what: str) -> None:
+    """Whether the session has what `count` workers of a job take; Ray would wait for it forever.
+
+    Args:
+        count: workers that run at the same time.
+        each: `CPU` and `GPU` of one.
+        what: names the job.
+
+    Raises:
+        InputError: a session on this machine has less. A cluster may grow: there it is a warning.
+    """
+    import ray
+
+    present: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for kind, of_one in each.items():
+        wanted, there = of_one * count, present.get(kind, 0.0)
+        if wanted <= there:
+            continue
+        if "RAY_ADDRESS" in os.environ:
+            logger.warning(
+                "%s waits: it wants %g %s, the cluster has %g now", what, wanted, kind, there
+            )
+        else:
+            raise InputError(
+                f"{what} wants {wanted:g} {kind} and this machine offers {there:g}: lower the "
+                "recipe's number of workers or threads, change use_gpu, or give RAY_ADDRESS"
+            )
 
 
 def _quiet_ray_data() -> None:

@@ -340,7 +340,8 @@ _SET_ATTRIBUTES = (
 
 _SAMPLE_ATTRIBUTES = (
     *_SET_ATTRIBUTES,
-    AttributeSpec("fingerprint", "string", "hash of the settings that the set was cut with"),
+    AttributeSpec("fingerprint", "string", "hash of the settings and cases it was cut from"),
+    AttributeSpec("settings", "object", "what decided the cut: the recipe's data.samples"),
     AttributeSpec("spacing_mm", "number", "distance and thickness of planes, millimetres"),
     AttributeSpec("field_of_view_mm", "number", "side of a sample, millimetres"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -81,6 +81,10 @@ class SliceSamples(Section):
     """Keep one in so many lung planes that no nodule crosses; 0 keeps none."""
     min_nodule_mm: float = Field(0.0, ge=0)
     """Nodules below this diameter get no slices of their own."""
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what is cut, as JSON values: everything but the set's name."""
+        return self.model_dump(mode="json", exclude={"name"})
 
     @property
     def pixel_mm(self) -> float:

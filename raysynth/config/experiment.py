@@ -17,9 +17,6 @@ from raysynth.config.training import TrainingConfig
 CONTROL_SUFFIXES = UNTRAINED, SHUFFLED = "_untrained", "_shuffled"
 """Runs drawn beside a recipe's own, to compare: with fresh weights, and with requests exchanged."""
 
-AUTOENCODER_DOWNSAMPLING = 4
-"""What a latent diffusion recipe assumes before its autoencoder's bundle can be opened."""
-
 
 class ExperimentConfig(Section):
     """A resolved recipe. Checks that need several sections stand here alone."""
@@ -62,16 +59,16 @@ class ExperimentConfig(Section):
         """The recipe with paths that mean the same in the folder of every worker."""
         source, evaluation = self.data.source, self.evaluation
         if isinstance(source, LidcSource):
-            source = source.model_copy(update={"path": source.path.absolute()})
+            source = source.model_copy(update={"path": _absolute(source.path)})
         if evaluation.inception_weights is not None:
-            weights = {"inception_weights": evaluation.inception_weights.absolute()}
+            weights = {"inception_weights": _absolute(evaluation.inception_weights)}
             evaluation = evaluation.model_copy(update=weights)
         store = self.store
         if store is not None and "://" not in store:
-            store = str(Path(store).absolute())
+            store = str(_absolute(Path(store)))
         return self.model_copy(
             update={
-                "work_dir": self.work_dir.absolute(),
+                "work_dir": _absolute(self.work_dir),
                 "store": store,
                 "data": self.data.model_copy(update={"source": source}),
                 "evaluation": evaluation,
@@ -112,8 +109,6 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _size_fits_network(self) -> ExperimentConfig:
         factor = self.model.downsampling
-        if isinstance(self.model, LatentDiffusionConfig):
-            factor *= AUTOENCODER_DOWNSAMPLING
         size = self.data.samples.size
         if size % factor:
             lower = size // factor * factor
@@ -123,3 +118,7 @@ class ExperimentConfig(Section):
                 f"downsampling: use {near}, or fewer levels in model.channels"
             )
         return self
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from raysynth.config.base import Section
 
@@ -17,9 +17,9 @@ class Autoencoder(Section):
 
     window_hu: Window = (-1000.0, 2500.0)
     """HU that map to -1 and 1; what lies outside is clipped."""
-    channels: tuple[int, ...] = (64, 128, 256)
+    channels: tuple[PositiveInt, ...] = Field((64, 128, 256), min_length=1)
     num_res_blocks: int = Field(2, ge=1)
-    norm_num_groups: int = 32
+    norm_num_groups: int = Field(32, ge=1)
 
     @property
     def downsampling(self) -> int:
@@ -68,11 +68,11 @@ class LatentDiffusionConfig(Section):
     (all three as published). 4: + lung mask at the input (ours)."""
     context: Literal["tokens", "single"] = "tokens"
     """`single`: the published one-vector context. `tokens`: one token a mask patch and score."""
-    channels: tuple[int, ...] = (128, 256, 384, 512)
+    channels: tuple[PositiveInt, ...] = Field((128, 256, 384, 512), min_length=1)
     attention_levels: tuple[bool, ...] = (False, True, True, True)
     num_res_blocks: int = Field(2, ge=1)
     num_head_channels: int = Field(32, ge=1)
-    norm_num_groups: int = 32
+    norm_num_groups: int = Field(32, ge=1)
     num_train_timesteps: int = Field(1000, ge=1)
     schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"

@@ -11,6 +11,18 @@ from raysynth.config.base import Section
 SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]
 
 
+DRAWING = (
+    "num_samples",
+    "sampler",
+    "num_inference_steps",
+    "guidance_scale",
+    "prior",
+    "batch_size",
+    "use_gpu",
+)
+"""Fields that decide what is drawn. A GPU draws other noise from the same seed than a CPU."""
+
+
 class SamplingConfig(Section):
     """A batch run of the sampling engine."""
 

@@ -146,6 +146,7 @@ def _declare(
         "cases": names,
         "parent_snapshot": parent,
         "fingerprint": identity,
+        "settings": samples.settings(),
         "spacing_mm": samples.spacing_mm,
         "field_of_view_mm": samples.field_of_view_mm,
     }

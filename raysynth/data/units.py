@@ -12,6 +12,7 @@ import zarr
 from icechunk import ForkSession
 
 from raysynth.progress import progress
+from raysynth.session import check_resources
 from raysynth.store.run import StoreRun
 
 MAX_COMMIT_SHARE = 0.05
@@ -55,6 +56,8 @@ def write_units(
     committer = _Committer(run, noun)
     with progress(stage, len(units), noun) as view:
         view.resume(len(units) - len(waiting))
+        if waiting:
+            check_resources(1, {"CPU": num_cpus, "GPU": num_gpus}, stage)
         fork = pickle.dumps(run.fork())
         for key, filled, reason in _run(fork, waiting, write, num_actors, num_cpus, num_gpus):
             if filled is None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from raysynth.condition import Box
 from raysynth.config import EvaluationConfig, ExperimentConfig
+from raysynth.config.sampling import DRAWING
 from raysynth.errors import InputError
 from raysynth.evaluation.adherence import (
     AttributeCoverage,
@@ -30,6 +31,7 @@ from raysynth.evaluation.intervals import Arm
 from raysynth.evaluation.judge import Arms, MetricResult, judge
 from raysynth.evaluation.measure import Measures, Place
 from raysynth.metrics.features import Extractor, load_extractor
+from raysynth.models.bundle import bundle_digest
 from raysynth.progress import progress
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet, case_attrs, open_group
@@ -41,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 CONTROLS = ("untrained", "shuffled")
 MAX_SAMPLES = 50_000
-"""Samples measured of a set, whole shards at random: features of all regions stay in memory, 1 kB a
-sample with `ct-conv` and 24 kB with Inception."""
+"""Samples measured of a set, whole shards at random: features of all regions stay in memory, 4 kB a
+sample with `ct-conv` and 27 kB with Inception."""
 
 NUM_STRAY_BOXES = 500
 
@@ -58,7 +60,7 @@ class EvaluationSummary:
             chance level, by set + `_stray`.
         sizes: measured against requested diameters, by set.
         coverage: requested scores against LIDC's, by attribute.
-        samples: measured, by set.
+        samples: stored, by set; at most `MAX_SAMPLES` of each are measured.
         patients: real ones in all, and in the reference.
         indicative: so few patients that every figure is no more than a hint.
         notices: what a reader must know beside the figures.
@@ -87,8 +89,9 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     Needs a Ray session (`raysynth.session.connect`).
 
     Raises:
-        InputError: no synthetic run, no sample set, none of its slices in the test split, grey
-            values without a unit, or an extractor without its weights.
+        InputError: no synthetic run, or one of another bundle or settings; no sample set, none of
+            its slices in the test split, grey values without a unit, or an extractor without its
+            weights.
     """
     started = time.monotonic()
     for extractor in config.evaluation.extractors:
@@ -140,6 +143,7 @@ def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSe
         if isinstance(group, zarr.Group) and config.evaluation.controls:
             sets[control] = SampleSet(group)
     real, synthetic = sets["real"], sets["synthetic"]
+    _check_drawn_by(config, synthetic)
     if real.attrs["intensity"] != "hu":
         raise InputError(
             f"sample set {name} has intensity {real.attrs['intensity']!r}, and these metrics are "
@@ -157,6 +161,23 @@ def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSe
             "ingest more patients or raise data.split.test"
         )
     return sets
+
+
+def _check_drawn_by(config: ExperimentConfig, synthetic: SampleSet) -> None:
+    """The run must come from the bundle and settings that its figures will be ascribed to."""
+    here = config.bundle_path.exists()  # on another machine it may not be
+    if here and synthetic.attrs["bundle"] != bundle_digest(config.bundle_path):
+        raise InputError(
+            f"synthetic/{config.name} was not drawn by the bundle that is at {config.bundle_path} "
+            "now: draw another run (--set name=...), or put its bundle back"
+        )
+    wanted = config.sampling.model_dump(mode="json")
+    for name, stored in synthetic.attrs["passport"].get("sampling", {}).items():
+        if name in DRAWING and stored != wanted[name]:
+            raise InputError(
+                f"synthetic/{config.name} was drawn with sampling.{name} {stored}, the recipe says "
+                f"{wanted[name]}: set it back, or draw another run"
+            )
 
 
 def _patients(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArray[np.int64]]:
@@ -282,14 +303,28 @@ def _notices(
     formats = {case_attrs(root, case).source.get("format") for case in real.attrs["cases"]}
     if formats == {"phantom"}:
         notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
+    elif "phantom" in formats:
+        notices.append("some patients are phantoms, the others real: use a store for each")
     if is_indicative(patients["real"]):
         notices.append(f"indicative only: {patients['real']} patients")
     if patients["real"] < 2:
         notices.append("one patient: there is no patient-disjoint floor")
-    if any(result.resampled == "samples" for result in metrics.values()):
+    few = {
+        key.split("/")[2]: result.reference_patients
+        for key, result in metrics.items()
+        if result.resampled == "samples"
+    }
+    if few:
+        counts = ", ".join(f"{place} {count}" for place, count in sorted(few.items()))
         notices.append(
-            f"the reference has {patients['reference']} patients, so intervals draw samples "
-            "instead of patients and are too narrow"
+            f"few patients in the reference ({counts}): intervals draw samples instead of patients "
+            "there and are too narrow"
+        )
+    empty = np.mean(real.index["box"][:, 0] < 0)
+    if empty:
+        notices.append(
+            f"{empty:.0%} of the slices of patients show no nodule, while every synthetic one was "
+            "asked for one: distances of whole slices and lungs stay above their floor for that"
         )
     if any(result.n <= result.dim for key, result in metrics.items() if key.startswith("fid/")):
         notices.append("FID has no more samples than dimensions somewhere: prefer KID there")

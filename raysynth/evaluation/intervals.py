@@ -95,8 +95,8 @@ def subsample_interval(
 
 
 def patient_splits(
-    real: Arm, num_reference_patients: int, num_splits: int, seed: int
-) -> Iterator[tuple[Arm, Arm]]:
+    patients: NDArray[np.int64], num_reference_patients: int, num_splits: int, seed: int
+) -> Iterator[NDArray[np.bool_]]:
     """Random patient-disjoint splits of the real samples, the floor of every distance.
 
     One side has as many patients as the reference that synthetic samples are judged by, at most
@@ -105,19 +105,21 @@ def patient_splits(
     to it than real patients are to each other.
 
     Args:
-        real: all real samples, of every split.
+        patients: of every real sample, of every split.
         num_reference_patients: patients of the judged reference.
         num_splits: how many; none if there are fewer than two patients.
         seed: of the drawing.
+
+    Yields:
+        Which samples stand for the reference; the others are compared with them.
     """
     rng = np.random.default_rng(seed)
-    patients = np.unique(real.patients)
-    if len(patients) < 2:
+    names = np.unique(patients)
+    if len(names) < 2:
         return
-    count = max(1, min(num_reference_patients, len(patients) // 2))
+    count = max(1, min(num_reference_patients, len(names) // 2))
     for _ in range(num_splits):
-        reference = np.isin(real.patients, rng.permutation(patients)[:count])
-        yield real.take(reference), real.take(~reference)
+        yield np.isin(patients, rng.permutation(names)[:count])
 
 
 def wilson(successes: int, count: int) -> Interval:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysynth.evaluation.intervals import (
+    MIN_PATIENTS,
     Arm,
     Features,
     Interval,
@@ -24,7 +26,7 @@ MIN_SAMPLES = 4
 """Fewer samples on a side give no distance."""
 
 MAX_KERNEL_SAMPLES = 4096
-"""Kernel distances of more would need over half a gigabyte: they are drawn down to this."""
+"""Kernel distances of more would need several gigabytes: they are drawn down to this."""
 
 NUM_SPLITS = 40
 """Random patient splits behind a floor."""
@@ -56,7 +58,8 @@ class MetricResult:
         value: of the synthetic samples.
         n: samples on either side, for every column alike.
         dim: length of a feature vector.
-        floor: mean over patient-disjoint splits of the real samples; its interval is their spread.
+        floor: mean over patient-disjoint splits of the real samples; its interval is their spread,
+            None for too few patients to tell.
         untrained: of samples of an untrained model.
         shuffled: of samples drawn under each other's conditions.
         disjoint: for each other column, whether its interval and the value's do not overlap.
@@ -100,20 +103,27 @@ def judge(place: Place, arms: Arms, num_draws: int, seed: int) -> dict[str, Metr
     """
     seed = seed_of("judge", seed, *place)
     patients = len(np.unique(arms.reference.patients))
-    splits = list(patient_splits(arms.real, patients, NUM_SPLITS, seed))
+    splits = list(patient_splits(arms.real.patients, patients, NUM_SPLITS, seed))
     largest = min(len(arms.reference), len(arms.judged["synthetic"]))
     if splits:
-        # The split sides vary with their patients; half of the splits shall be large enough.
-        sides = sorted(min(len(side) for side in split) for split in splits)
-        largest = min(largest, sides[len(sides) // 2])
+        # The split sides vary with their patients; half of the splits shall be large enough, unless
+        # that leaves nothing to judge by: better no floor than no figure.
+        sides = sorted(_smaller_side(split) for split in splits)
+        middle = sides[len(sides) // 2]
+        if middle >= MIN_SAMPLES:
+            largest = min(largest, middle)
     common = min(largest, *(len(arm) for arm in arms.judged.values()))
     results: dict[str, MetricResult] = {}
     for size in sorted({common, largest}):
         names = [name for name, arm in arms.judged.items() if len(arm) >= size]
         judged = {name: arms.judged[name] for name in names}
         if size >= MIN_SAMPLES:
-            results |= _judge_at(
-                place, size, Arms(arms.real, arms.reference, judged), splits, num_draws, seed
+            # Of two results at the same drawn-down size, the one with controls stays.
+            results = (
+                _judge_at(
+                    place, size, Arms(arms.real, arms.reference, judged), splits, num_draws, seed
+                )
+                | results
             )
     return results
 
@@ -122,7 +132,7 @@ def _judge_at(
     place: Place,
     size: int,
     arms: Arms,
-    splits: list[tuple[Arm, Arm]],
+    splits: list[NDArray[np.bool_]],
     num_draws: int,
     seed: int,
 ) -> dict[str, MetricResult]:
@@ -137,7 +147,7 @@ def _judge_at(
 
 
 def _result(
-    name: str, n: int, arms: Arms, splits: list[tuple[Arm, Arm]], num_draws: int, seed: int
+    name: str, n: int, arms: Arms, splits: list[NDArray[np.bool_]], num_draws: int, seed: int
 ) -> MetricResult:
     """One metric at N samples a side."""
     reference = arms.reference.draw(n, np.random.default_rng(seed))
@@ -150,13 +160,19 @@ def _result(
         columns[column] = value, interval
     rng = np.random.default_rng(seed)
     floors = [
-        metric(one.draw(n, rng).features, other.draw(n, rng).features)
-        for one, other in splits
-        if min(len(one), len(other)) >= n
+        metric(
+            arms.real.take(split).draw(n, rng).features,
+            arms.real.take(~split).draw(n, rng).features,
+        )
+        for split in splits
+        if _smaller_side(split) >= n
     ]
-    if floors:
+    floor = float(np.mean(floors)) if floors else None
+    floor_interval = None
+    if floors and len(np.unique(arms.real.patients)) >= MIN_PATIENTS:  # else few ways to split
         low, high = np.quantile(floors, (0.025, 0.975))
-        columns["floor"] = float(np.mean(floors)), (float(low), float(high))
+        floor_interval = float(low), float(high)
+        columns["floor"] = float(np.mean(floors)), floor_interval
     value, interval = columns.pop("synthetic")
     synthetic = arms.judged["synthetic"].draw(n, np.random.default_rng(seed)).features
     limit = subset_std = None
@@ -165,7 +181,6 @@ def _result(
     if name == "kid":
         kid = kernel_distance(reference.features, synthetic)
         value, subset_std = kid.mean, kid.std
-    floor, floor_interval = columns.get("floor", NO_COLUMN)
     untrained, untrained_interval = columns.get("untrained", NO_COLUMN)
     shuffled, shuffled_interval = columns.get("shuffled", NO_COLUMN)
     return MetricResult(
@@ -203,6 +218,11 @@ def _metric(name: str, reference: Features) -> Metric:
         case _:
             assert name == "hu_w1", name
             return histogram_distance
+
+
+def _smaller_side(split: NDArray[np.bool_]) -> int:
+    inside = int(np.count_nonzero(split))
+    return min(inside, len(split) - inside)
 
 
 def _disjoint(one: Interval, other: Interval) -> bool:

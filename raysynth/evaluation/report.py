@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from raysynth import __version__
 from raysynth.case import LUNG_LABELS, Label, Nodule
-from raysynth.condition import Box
+from raysynth.condition import Box, Condition
 from raysynth.config import ExperimentConfig, LatentDiffusionConfig
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION
 from raysynth.report.html import Losses, MetricRow, ReportData, Tile, write_report
 from raysynth.sampling.draw import SliceSampler
-from raysynth.sampling.planner import plan_samples
+from raysynth.sampling.planner import PlannedSample
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet, VolumeAttrs, case_attrs, open_group
 from raysynth.store.repository import open_root
@@ -62,7 +62,7 @@ def report(config: ExperimentConfig) -> Path:
     real = SampleSet(open_group(root, f"samples/{config.data.samples.name}"))
     synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))
     seconds, losses = _seconds(config), _losses(config)
-    frames = _denoising_tiles(config, real)
+    frames = _denoising_tiles(config, synthetic)
     reference = "phantom" if read_facts(config.bundle_path).source == "phantom" else "real"
     page = path.with_suffix(".html")
     write_report(
@@ -90,7 +90,7 @@ def report(config: ExperimentConfig) -> Path:
             seconds=seconds,
             recipe=yaml.safe_dump(config.shareable(), sort_keys=False),
             attribution=_attribution(config),
-            limits=_limits(found, (_detail(real), _detail(synthetic)), frames, losses),
+            limits=limits(found, (_detail(real), _detail(synthetic)), frames, losses),
         ),
         page,
     )
@@ -174,24 +174,25 @@ def _image(samples: SampleSet, row: int) -> tuple[NDArray[np.int16], NDArray[np.
     )
 
 
-def _denoising_tiles(config: ExperimentConfig, real: SampleSet) -> list[Tile]:
+def _denoising_tiles(config: ExperimentConfig, synthetic: SampleSet) -> list[Tile]:
+    """The first slice of the run once more."""
+    _, layout, box = _image(synthetic, 0)
+    seed, source = (int(synthetic.index[name][0]) for name in ("seed", "source_sample"))
+    scores = tuple(int(score) for score in synthetic.index["attributes"][0])
+    first = PlannedSample("first", seed, Condition(layout, box, scores), source)
     # Here one core draws one slice: a thousand steps of a large network would take it hours.
     sampling = config.sampling.model_copy(
         update={
-            "num_samples": 1,
             "batch_size": 1,
             "use_gpu": False,
             "sampler": "ddim",
             "num_inference_steps": min(config.sampling.num_inference_steps, MAX_STEPS),
         }
     )
-    (planned,) = plan_samples(config.model_copy(update={"sampling": sampling}), real)
-    steps, frames = SliceSampler(config.bundle_path, sampling, config.seed).denoising(
-        planned, NUM_FRAMES
-    )
+    sampler = SliceSampler(config.bundle_path, sampling, config.seed)
+    steps, frames = sampler.denoising(first, NUM_FRAMES)
     return [
-        Tile(hu, None, planned.condition.box, f"step {step}")
-        for step, hu in zip(steps, frames, strict=True)
+        Tile(frame, None, box, f"step {step}") for step, frame in zip(steps, frames, strict=True)
     ]
 
 
@@ -207,7 +208,7 @@ def _metric_row(key: str, result: dict[str, Any]) -> MetricRow:
 
 
 def _share(adherence: dict[str, Any], name: str) -> str:
-    """For example `83.2 % [78.1, 87.4] of 256`."""
+    """For example `83.2 % [78.1 %, 87.4 %] of 256 boxes`."""
     share = adherence.get(name)
     if share is None or share["found"] is None:
         return "-"
@@ -219,13 +220,17 @@ def _coverage(found: dict[str, Any], side: str) -> NDArray[np.float64]:
     return np.array([entry[side] for entry in found["coverage"].values()])
 
 
+def _models(config: ExperimentConfig) -> list[str]:
+    """The recipe's model after its autoencoder."""
+    if isinstance(config.model, LatentDiffusionConfig):
+        return [config.model.autoencoder.name, config.name]
+    return [config.name]
+
+
 def _losses(config: ExperimentConfig) -> Losses:
     """Curves of the recipe's model and of its autoencoder, where their histories lie here."""
-    names = [config.name]
-    if isinstance(config.model, LatentDiffusionConfig):
-        names.insert(0, config.model.autoencoder.name)
     curves = {}
-    for name in names:
+    for name in _models(config):
         history = read_history(config.work_dir / "logs" / name / HISTORY_FILE)
         points = [point for point in history if "loss" in point]
         if points:
@@ -237,9 +242,10 @@ def _losses(config: ExperimentConfig) -> Losses:
 
 
 def _seconds(config: ExperimentConfig) -> dict[str, float]:
-    """Wall time of every stage so far (`raysynth.stages` keeps them)."""
+    """Wall time of this recipe's stages and its autoencoder's (`raysynth.stages` keeps them)."""
     path = config.work_dir / "timings.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    return {stage: took for stage, took in seconds.items() if stage.split()[1] in _models(config)}
 
 
 def _attribution(config: ExperimentConfig) -> list[str]:
@@ -250,55 +256,54 @@ def _attribution(config: ExperimentConfig) -> list[str]:
     ]
 
 
-def _limits(
+def limits(
     found: dict[str, Any],
     detail: tuple[float, float],
     frames: Sequence[Tile],
     losses: Losses,
 ) -> dict[str, str]:
     """For each picture a sentence on what is still wrong, from the figures themselves."""
-    limits = {}
+    texts = {}
     share, sizes = found["adherence"]["synthetic"]["found"], found["sizes"]["synthetic"]
     real, synthetic = detail
-    limits["gallery"] = (
+    texts["gallery"] = (
         f"neighbouring lung pixels of synthetic slices differ by {synthetic:.0f} HU on average, "
-        f"of the others by {real:.0f}: "
-        f"{'fine texture is missing' if synthetic < real else 'there is too much of it'}."
+        f"of training slices by {real:.0f}: "
+        f"{'fine texture is missing' if synthetic < real else 'there is no less of it'}."
     )
     if share is not None:
-        limits["gallery"] += (
+        texts["gallery"] += (
             f" In {1 - share:.0%} of the synthetic slices nothing was found where a nodule was "
             "asked for."
         )
     if sizes["n"]:
-        limits["adherence"] = (
+        texts["adherence"] = (
             f"where a nodule was found, its diameter is off by "
             f"{sizes['median_absolute_error_mm']:.1f} mm in the median; whether the requested "
             "scores can be seen is not measured."
         )
     if len(frames) > 1:
         moved = np.abs(frames[-1].hu.astype(np.float64) - frames[-2].hu).mean()
-        limits["denoising"] = (
+        texts["denoising"] = (
             f"between the last two pictures pixels still move by {moved:.0f} HU on average."
         )
-    above = [
-        key
-        for key, result in found["metrics"].items()
-        if result["disjoint"].get("floor") and result["value"] > (result["floor"] or 0)
-    ]
-    limits["metrics"] = (
-        f"{len(above)} of {len(found['metrics'])} distances lie above their floor with disjoint "
-        "intervals."
+    known = [result for result in found["metrics"].values() if result["floor_interval"]]
+    above = [one for one in known if one["disjoint"]["floor"] and one["value"] > one["floor"]]
+    texts["metrics"] = (
+        f"{len(above)} of {len(known)} distances lie above their floor with disjoint intervals."
+        if known
+        else "with so few patients no floor has an interval, so nothing is known to reach it."
     )
+    changes = []
     for name, (_, loss) in losses.items():
         tenth = len(loss) // 10
         if tenth:
             before, after = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean()
-            limits["losses"] = (
-                f"over the last tenth of its training the loss of {name} changed by "
-                f"{after / before - 1:+.0%}: longer training would change the result."
-            )
-    return limits
+            changes.append(f"{after / before - 1:+.0%} ({name})")
+    if changes:
+        changed = ", ".join(changes)
+        texts["losses"] = f"over the last tenth of training the loss changed by {changed}."
+    return texts
 
 
 def _detail(samples: SampleSet) -> float:
@@ -307,4 +312,4 @@ def _detail(samples: SampleSet) -> float:
     hu = samples.read("hu", 0, stop).astype(np.float64)
     lung = np.isin(samples.read("layout", 0, stop), LUNG_LABELS)
     both = lung[:, :, 1:] & lung[:, :, :-1]
-    return float(np.abs(np.diff(hu, axis=2))[both].mean())
+    return float(np.abs(np.diff(hu, axis=2))[both].mean()) if both.any() else 0.0

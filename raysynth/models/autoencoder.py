@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from raysynth.config.model import AutoencoderKLConfig, VQVAEConfig
 
+MAX_CELLS = 16_384
+"""Latent cells compared with a codebook at once: half a gigabyte of distances to 8,192 codes."""
+
 
 class Autoencoder(nn.Module, ABC):
     """What every autoencoder offers. Latents are unscaled: a bundle's latent_scale comes after."""
@@ -125,11 +128,17 @@ class VQAutoencoder(Autoencoder):
     def quantize(self, latents: Tensor) -> Tensor:
         """The nearest code of every cell."""
         codes: Tensor = self.network.quantize.embedding.weight
-        cells = latents.detach().float().movedim(1, -1).flatten(0, -2)
-        # Of |cell - code|^2 without |cell|^2, which changes no order.
-        distances = codes.detach().square().sum(1) - 2 * cells @ codes.detach().T
-        nearest = codes[distances.argmin(dim=1)].view(len(latents), *latents.shape[2:], -1)
-        return nearest.movedim(-1, 1).to(latents.dtype)
+        cells = latents.movedim(1, -1)
+        # Half precision would choose other codes.
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            # Of |cell - code|^2 without |cell|^2, which changes no order.
+            lengths, directions = codes.float().square().sum(1), 2 * codes.float().T
+            nearest = [
+                (lengths - part.float() @ directions).argmin(dim=1)
+                for part in torch.split(cells.flatten(0, -2), MAX_CELLS)
+            ]
+        chosen = codes[torch.cat(nearest)].view(cells.shape)
+        return chosen.movedim(-1, 1).to(latents.dtype)
 
     def training_terms(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Reconstruction and gradient error; codes drawn to latents, and latents to codes."""

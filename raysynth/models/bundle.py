@@ -108,6 +108,8 @@ def save_bundle(
     """
     assert (denoiser is not None) == isinstance(facts.model, LatentDiffusionConfig)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}-*"):  # of a killed writer
+        shutil.rmtree(leftover)
     scratch = path.with_name(f".{path.name}-{uuid4().hex[:8]}")
     scratch.mkdir()
     try:

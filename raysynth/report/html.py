@@ -100,7 +100,9 @@ def write_report(data: ReportData, path: Path) -> None:
         sizes=charts.size_chart(data.requested_mm, data.measured_mm),
         coverage=charts.coverage_chart(
             data.attribute_names, data.requested_scores, data.reference_scores
-        ),
+        )
+        if data.attribute_names
+        else "",
         times=charts.time_chart(data.seconds) if data.seconds else "",
     )
 

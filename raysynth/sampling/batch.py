@@ -13,11 +13,12 @@ import numpy as np
 import zarr
 
 from raysynth import __version__
-from raysynth.config import ExperimentConfig, SamplingConfig
+from raysynth.config import ExperimentConfig, LatentDiffusionConfig, SamplingConfig
 from raysynth.config.experiment import CONTROL_SUFFIXES, SHUFFLED, UNTRAINED
+from raysynth.config.sampling import DRAWING
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
-from raysynth.models.bundle import load_bundle
+from raysynth.models.bundle import bundle_digest, read_facts
 from raysynth.sampling.draw import SliceSampler
 from raysynth.sampling.planner import PlannedSample, plan_samples, shuffle_conditions
 from raysynth.seeding import fingerprint
@@ -174,37 +175,33 @@ def _sample_set(config: ExperimentConfig) -> SampleSet:
 
 def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
     """The digest of the recipe's bundle, which must draw what the sample set holds."""
-    bundle = load_bundle(config.bundle_path)
+    facts = read_facts(config.bundle_path)
+    if not isinstance(facts.model, LatentDiffusionConfig):
+        raise InputError(
+            f"bundle {config.bundle_path} is a {facts.model.family}: only latent_diffusion draws"
+        )
     for what, of_bundle, of_set in (
-        ("samples of size", bundle.samples.size, samples.shape[-1]),
-        ("pixels of mm", round(bundle.samples.pixel_mm, 6), round(samples.pixel_mm, 6)),
-        ("intensity", bundle.intensity, samples.attrs["intensity"]),
+        ("samples of size", facts.samples.size, samples.shape[-1]),
+        ("pixels of mm", round(facts.samples.pixel_mm, 6), round(samples.pixel_mm, 6)),
+        ("intensity", facts.intensity, samples.attrs["intensity"]),
     ):
         if of_bundle != of_set:
             raise InputError(
                 f"bundle {config.bundle_path} draws {what} {of_bundle}, but sample set "
                 f"{config.data.samples.name} has {of_set}: use the set that it was trained on"
             )
-    return bundle.digest
+    return bundle_digest(config.bundle_path)
 
 
 def _fingerprint(config: ExperimentConfig, samples: SampleSet, digest: str) -> str:
-    """Of all that decides what is drawn; actors and devices do not."""
-    decisive = {
-        "num_samples",
-        "sampler",
-        "num_inference_steps",
-        "guidance_scale",
-        "prior",
-        "batch_size",
-    }
+    """Of all that decides what is drawn; the number of actors does not."""
     return fingerprint(
         {
             "bundle": digest,
             "samples": [samples.attrs["fingerprint"], config.data.samples.model_dump()],
             "run": config.name,
             "seed": config.seed,
-            "sampling": config.sampling.model_dump(include=decisive),
+            "sampling": config.sampling.model_dump(include=set(DRAWING)),
             "controls": config.evaluation.model_dump(include={"controls", "num_control_samples"}),
         }
     )

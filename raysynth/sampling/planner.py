@@ -38,14 +38,12 @@ class PlannedSample:
         sample_id: unique within the store; the seed follows from it.
         condition: layout, box and attributes asked for.
         source_sample: row of the real sample that lends its layout.
-        diameter_mm: asked-for diameter of the nodule in this plane.
     """
 
     sample_id: str
     seed: int
     condition: Condition
     source_sample: int
-    diameter_mm: float
 
 
 Drawn = tuple[int, Condition, float]
@@ -76,9 +74,9 @@ def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSa
     for number in range(config.sampling.num_samples):
         sample_id = f"{config.name}-{number:08d}"
         rng = np.random.default_rng(seed_of("plan", config.seed, sample_id))
-        source, condition, diameter_mm = _draw_until_it_fits(prior, rng)
+        source, condition, _ = _draw_until_it_fits(prior, rng)
         seed = seed_of("sample", config.seed, sample_id)
-        plan.append(PlannedSample(sample_id, seed, condition, int(rows[source]), diameter_mm))
+        plan.append(PlannedSample(sample_id, seed, condition, int(rows[source])))
     return plan
 
 
@@ -118,6 +116,10 @@ def joint_prior(config: ExperimentConfig, anatomies: list[NDArray[np.uint8]]) ->
     pixel_mm = config.data.samples.pixel_mm
     smallest_mm = config.data.samples.min_nodule_mm
     records = [record for record in nodule_records() if record.diameter_mm >= smallest_mm]
+    if not records:
+        raise InputError(
+            f"no LIDC nodule measures {smallest_mm:g} mm: lower data.samples.min_nodule_mm"
+        )
     all_planes = config.data.samples.nodule_slices == "all"
 
     def draw(rng: np.random.Generator) -> Drawn | None:

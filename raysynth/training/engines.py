@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from raysynth.config import TrainingConfig
-from raysynth.errors import InputError
+from raysynth.errors import UnfitCheckpoint
 from raysynth.training.checkpoints import State
 from raysynth.training.context import WorkerContext
 
@@ -166,7 +166,7 @@ class Engine:
             The EMA.
 
         Raises:
-            InputError: the checkpoint is another engine's, or of another number of workers.
+            UnfitCheckpoint: the checkpoint is another engine's, or of another number of workers.
         """
         self._check(layout)
         # weights_only: nothing but tensors and plain values can come out of the file.
@@ -185,7 +185,7 @@ class Engine:
 
     def _check(self, layout: State) -> None:
         if layout != self.layout():
-            raise InputError(
+            raise UnfitCheckpoint(
                 f"the checkpoint was written by {layout} and this run is "
                 f"{self.layout()}: go on with that engine and number of workers, or train under "
                 "another name"

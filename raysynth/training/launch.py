@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from raysynth.config import ExperimentConfig
-from raysynth.errors import InputError, RaysynthError
+from raysynth.errors import Diverged, InputError, RaysynthError, UnfitCheckpoint
 from raysynth.progress import progress
+from raysynth.session import check_resources
 from raysynth.training.context import LocalContext
 from raysynth.training.history import HISTORY_FILE, read_history
 from raysynth.training.worker import RunPlan, TrainSummary, finished_run, plan_run, train_and_bundle
@@ -74,7 +75,7 @@ def _on_ray(config: ExperimentConfig, plan: RunPlan) -> TrainSummary:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     training = config.training
-    _check_cluster(config)
+    check_resources(training.num_workers, _resources(config), "training")
     # A report waits for the controller to look: every checkpoint would stand still for 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     trainer = TorchTrainer(
@@ -90,7 +91,7 @@ def _on_ray(config: ExperimentConfig, plan: RunPlan) -> TrainSummary:
             name=f"{config.name}-{uuid4().hex[:8]}",
             storage_path=str(config.work_dir / "ray"),
             failure_config=FailureConfig(max_failures=training.max_failures),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(training.threads_per_worker)}},
+            worker_runtime_env={"env_vars": _environment(config)},
         ),
     )
     try:
@@ -110,8 +111,9 @@ def _on_ray(config: ExperimentConfig, plan: RunPlan) -> TrainSummary:
 def _ray_worker(settings: dict[str, Any]) -> TrainSummary | RaysynthError | None:
     try:
         return train_and_bundle(settings["config"], settings["plan"], RayTrainContext())
-    except RaysynthError as error:
-        return error  # raised, it would make Ray start the same group again, in vain
+    except (Diverged, UnfitCheckpoint) as error:
+        # All ranks meet these together; raised, they would make Ray start the group again, in vain.
+        return error
 
 
 class RayTrainContext:
@@ -137,25 +139,17 @@ class RayTrainContext:
             ray.train.report(metrics, checkpoint=note)
 
 
+def _environment(config: ExperimentConfig) -> dict[str, str]:
+    """Of the workers. Without a GPU of their own, torch and DeepSpeed must not find one either."""
+    threads = {"OMP_NUM_THREADS": str(config.training.threads_per_worker)}
+    return threads | (
+        {} if config.training.use_gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    )
+
+
 def _resources(config: ExperimentConfig) -> dict[str, float]:
     gpus = {"GPU": 1.0} if config.training.use_gpu else {}
     return {"CPU": float(config.training.threads_per_worker), **gpus}
-
-
-def _check_cluster(config: ExperimentConfig) -> None:
-    """A session on this machine gets no more than it has: Ray would wait for it forever."""
-    import ray
-
-    if "RAY_ADDRESS" in os.environ:
-        return  # a cluster may grow
-    present: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for kind, each in _resources(config).items():
-        wanted, there = each * config.training.num_workers, present.get(kind, 0.0)
-        if wanted > there:
-            raise InputError(
-                f"training wants {wanted:g} {kind} and this machine offers {there:g}: lower "
-                "training.num_workers or threads_per_worker, set use_gpu, or give RAY_ADDRESS"
-            )
 
 
 @contextmanager
@@ -176,6 +170,10 @@ def _only_one(plan: RunPlan) -> Iterator[None]:
         lock.release()
 
 
+def _seen(history: Sequence[Mapping[str, float]]) -> int:
+    return int(history[-1]["seen_samples"]) if history else 0
+
+
 @contextmanager
 def _watch(history: Path, max_seen_samples: int) -> Iterator[None]:
     """Shows the progress of workers, whose own output stays in their log files."""
@@ -183,12 +181,12 @@ def _watch(history: Path, max_seen_samples: int) -> Iterator[None]:
 
     def follow() -> None:
         with progress("train", max_seen_samples) as view:
+            points = read_history(history)
+            view.resume(_seen(points))
             while not ended.wait(0.5):
                 points = read_history(history)
-                if points:
-                    view.update(
-                        int(points[-1]["seen_samples"]), loss=points[-1].get("loss", float("nan"))
-                    )
+                if _seen(points) != view.done:
+                    view.update(_seen(points), loss=points[-1].get("loss", float("nan")))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raysynth.config import TrainingConfig
-from raysynth.errors import InputError, RaysynthError
+from raysynth.errors import Diverged, UnfitCheckpoint
 from raysynth.training.checkpoints import CheckpointFolder
 from raysynth.training.context import WorkerContext
 from raysynth.training.ema import Ema
@@ -97,8 +97,8 @@ def fit(
     """Trains `objective.module` until enough samples are seen or the time is up.
 
     Raises:
-        InputError: the newest checkpoint belongs to another recipe or engine.
-        RaysynthError: too many steps in a row had a gradient that is not finite.
+        UnfitCheckpoint: the newest checkpoint belongs to another recipe or engine.
+        Diverged: too many steps in a row had a gradient that is not finite.
     """
     with ExitStack() as stack:
         engine = stack.enter_context(open_engine(objective.module, config, context))
@@ -179,7 +179,7 @@ def _resume(engine: Engine, ema: Ema, checkpoints: CheckpointFolder, files: RunF
     if checkpoint is None:
         return Standing()
     if checkpoint.state["fingerprint"] != files.fingerprint:
-        raise InputError(
+        raise UnfitCheckpoint(
             f"checkpoint {checkpoint.path} is of another recipe (fingerprint "
             f"{checkpoint.state['fingerprint']}, this one has {files.fingerprint}): give the "
             "recipe another name, or delete that folder"
@@ -271,7 +271,7 @@ def _finished(engine: Engine, config: TrainingConfig, now: Standing) -> bool:
 def _stop_if_lost(meter: Meter, now: Standing, files: RunFiles) -> None:
     if meter.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
-    raise RaysynthError(
+    raise Diverged(
         f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite, the "
         f"last after {now.seen_samples} samples: lower training.learning_rate or raise "
         f"training.warmup_samples (the curve is in {files.log}), and train under another name"

@@ -12,7 +12,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from raysynth.config import ExperimentConfig, LatentDiffusionConfig
+from raysynth.config import ExperimentConfig, LatentDiffusionConfig, SplitConfig
 from raysynth.data.encode import latents_path
 from raysynth.data.stream import SampleStream
 from raysynth.errors import InputError
@@ -111,16 +111,21 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
     samples = f"samples/{config.data.samples.name}"
     root = open_root(config.store_url)
     attributes = _attributes(root, samples, f"the store has no {samples}: run shard first")
-    for setting in ("spacing_mm", "field_of_view_mm", "pixel_mm"):
-        wanted = getattr(config.data.samples, setting)
-        if attributes[setting] != wanted:
+    for setting, wanted in config.data.samples.settings().items():
+        if attributes["settings"][setting] != wanted:
             raise InputError(
-                f"{samples} was cut with {setting} {attributes[setting]:g}, the recipe says "
-                f"{wanted:g}: give the recipe's own set another data.samples.name and run shard"
+                f"{samples} was cut with {setting} {attributes['settings'][setting]}, the recipe "
+                f"says {wanted}: give the recipe's own set another data.samples.name and run shard"
             )
     latents, digest = None, None
     if isinstance(config.model, LatentDiffusionConfig):
-        read_facts(config.autoencoder_path)
+        cells = read_facts(config.autoencoder_path).latent_shape[1]
+        if cells % config.model.downsampling:
+            raise InputError(
+                f"latents of {config.autoencoder_path} have {cells} cells a side, not a multiple "
+                f"of {config.model.downsampling}, the network's downsampling: use fewer levels in "
+                "model.channels"
+            )
         digest = bundle_digest(config.autoencoder_path)
         latents = latents_path(config, digest)
         missing = f"the store has no latents of {samples} by {config.autoencoder_path}"
@@ -249,7 +254,11 @@ def _save_bundle(
 ) -> str:
     """Writes the averaged weights with all that is known of them; returns the digest."""
     root = open_root(config.store_url, plan.files.snapshot)
-    patients = {case_attrs(root, case_id).patient_key for case_id in samples.attrs["cases"]}
+    attributes: Any = root.attrs.asdict()
+    split = attributes.get("ingested", {}).get("split", config.data.split.model_dump())
+    cases = [case_attrs(root, case_id) for case_id in samples.attrs["cases"]]
+    phantoms = all(case.source.get("format") == "phantom" for case in cases)
+    patients = {case.patient_key for case in cases}
     autoencoder, latent_scale = None, 1.0
     autoencoder_weights, denoiser_weights = outcome.weights, None
     if isinstance(objective, LatentDiffusionObjective):
@@ -263,9 +272,9 @@ def _save_bundle(
         latent_scale=latent_scale,
         samples=config.data.samples,
         intensity=samples.attrs["intensity"],
-        source=config.data.source.kind,
+        source="phantom" if phantoms else "lidc",
         snapshot=plan.files.snapshot,
-        split=config.data.split,
+        split=SplitConfig(**split),
         indicative=is_indicative(len(patients)),
         seen_samples=outcome.now.seen_samples,
     )

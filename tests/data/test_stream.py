@@ -80,6 +80,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
             "cases": ["a"],
             "parent_snapshot": "none",
             "fingerprint": "none",
+            "settings": {},
             "spacing_mm": 1.0,
             "field_of_view_mm": 4.0,
         }

@@ -75,6 +75,7 @@ def _write_real(root: zarr.Group, config: ExperimentConfig) -> None:
         "cases": cases,
         "pixel_mm": samples.pixel_mm,
         "fingerprint": "f" * 12,
+        "settings": samples.settings(),
         "spacing_mm": samples.spacing_mm,
         "field_of_view_mm": samples.field_of_view_mm,
     }

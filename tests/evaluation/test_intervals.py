@@ -44,16 +44,17 @@ def test_few_patients_fall_back_to_samples() -> None:
 @pytest.mark.parametrize(("num_patients", "reference", "side"), [(3, 1, 1), (8, 3, 3), (4, 4, 2)])
 def test_splits_share_no_patient(num_patients: int, reference: int, side: int) -> None:
     real = _arm(np.arange(num_patients * 5), samples_per_patient=5)
-    splits = list(patient_splits(real, reference, 20, seed=0))
+    splits = list(patient_splits(real.patients, reference, 20, seed=0))
     assert len(splits) == 20
-    for one, other in splits:
+    for split in splits:
+        one, other = real.take(split), real.take(~split)
         assert len(np.unique(one.patients)) == side
         assert not set(one.patients) & set(other.patients)
         assert len(one) + len(other) == len(real)
 
 
 def test_one_patient_cannot_be_split() -> None:
-    assert not list(patient_splits(_arm(np.zeros(9), 9), 1, 20, seed=0))
+    assert not list(patient_splits(np.zeros(9, np.int64), 1, 20, seed=0))
 
 
 def test_drawing_takes_no_sample_twice() -> None:

@@ -80,6 +80,8 @@ def test_quantize_and_its_gradient_equal_diffusers():
     latents = torch.randn(2, 3, 4, 5)
     expected, _, _ = autoencoder.network.quantize(latents)
     torch.testing.assert_close(autoencoder.quantize(latents), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(autoencoder.quantize(latents), expected)
 
     decoded = autoencoder.network(x).sample
     torch.testing.assert_close(autoencoder.decode(autoencoder.encode(x)), decoded)

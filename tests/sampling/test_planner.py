@@ -104,8 +104,8 @@ def test_the_independent_prior_follows_the_training_boxes_and_nothing_else() -> 
 def test_shuffling_leaves_nobody_with_its_own_request(config: ExperimentConfig) -> None:
     prior = joint_prior(config, [_anatomy()])
     plan = [
-        PlannedSample(f"s{number}", number, condition, source, mm)
-        for number, (source, condition, mm) in enumerate(_draws(prior, 9))
+        PlannedSample(f"s{number}", number, condition, source)
+        for number, (source, condition, _) in enumerate(_draws(prior, 9))
     ]
     shuffled = shuffle_conditions(plan)
     assert [one.seed for one in shuffled] == [one.seed for one in plan]

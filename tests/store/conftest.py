@@ -9,6 +9,7 @@ import pytest
 import zarr
 
 from raysynth.case import Case, Label, Nodule
+from raysynth.config import SliceSamples
 from raysynth.store.run import StoreRun
 from raysynth.store.writer import (
     create_sample_set,
@@ -30,6 +31,7 @@ SET_ATTRIBUTES = {
     "spacing_mm": 0.7,
     "intensity": "hu",
     "fingerprint": "f" * 12,
+    "settings": SliceSamples(size=SIZE, field_of_view_mm=36.0).settings(),
     "parent_snapshot": "none",
 }
 LATENT_ATTRIBUTES = {"latent_scale": 0.5, "bundle": "b" * 64, "parent_snapshot": "none"}
