@@ -80,12 +80,17 @@ def submit() -> Iterator[Submit]:
         return run(*command, "--set", f"work_dir={work_dir}")
 
     # The agent that takes jobs starts some seconds after the head has told its address.
-    for _ in range(12):
-        if run("true").returncode == 0:
-            break
-        time.sleep(5)
-    yield submit
-    head.communicate("\n", timeout=60)
+    try:
+        for _ in range(12):
+            probe = run("true")
+            if probe.returncode == 0:
+                break
+            time.sleep(5)
+        else:
+            pytest.fail(f"the cluster takes no jobs:\n{probe.stdout}\n{probe.stderr}")
+        yield submit
+    finally:
+        head.communicate("\n", timeout=60)
 
 
 def test_the_chain_ends_in_a_judged_data_set(submit: Submit, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from raysynth.errors import DamagedStore, InputError
-from raysynth.store.reader import SampleSet, read_case
+from raysynth.errors import DamagedStore, InputError, RaysynthError
+from raysynth.store.reader import SampleSet, open_group, read_case
 from raysynth.store.repository import open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.shards import ShardedArray
@@ -43,7 +44,7 @@ def arrays(draw: st.DrawFn) -> tuple[ArraySpec, int, int]:
 
 
 @given(arrays(), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_zarr_python(array: tuple[ArraySpec, int, int], seed: int) -> None:
     spec, start, stop = array
     root = zarr.create_group(MemoryStore())
@@ -100,9 +101,9 @@ def read_everything(store: str) -> dict[str, object]:
     """All that the store holds, by path."""
     root = open_root(store)
     case = read_case(root, "case-a")
-    samples = SampleSet(root["samples/slices"])
-    latents = SampleSet(root["latents/slices/bundle"])
-    drawn = SampleSet(root["synthetic/run"])
+    samples = SampleSet(open_group(root, "samples/slices"))
+    latents = SampleSet(open_group(root, "latents/slices/bundle"))
+    drawn = SampleSet(open_group(root, "synthetic/run"))
     return {
         "volume": (case.volume.hu, case.volume.direction, case.volume.spacing_mm),
         "layout": case.layout,
@@ -132,16 +133,28 @@ def test_a_flipped_bit_of_any_file_is_seen_or_harmless(store: str, kind: str) ->
     random = np.random.default_rng(6)
     truth = {path: pickle.dumps(value) for path, value in read_everything(store).items()}
     files = sorted(file for file in Path(store, kind).rglob("*") if file.is_file())
+    seen = harmless = 0
     for _ in range(200):
         file = files[random.integers(len(files))]
         original = flip_a_bit(file, random)
         try:
             read = read_everything(store)
-        except Exception:
-            read = {}
-        for path, value in read.items():
-            assert pickle.dumps(value) == truth[path], path
+        except RaysynthError:
+            seen += 1
+        except Exception as error:
+            # zarr-python reads a group's metadata, and has many words for what it cannot read.
+            frames = traceback.walk_tb(error.__traceback__)
+            if not any(frame.f_globals["__name__"].startswith("zarr.") for frame, _ in frames):
+                raise
+            seen += 1
+        else:
+            for path, value in read.items():
+                assert pickle.dumps(value) == truth[path], path
+            harmless += 1
         file.write_bytes(original)
+    # Every byte of a shard counts. Who only reads needs no log of transactions.
+    assert (harmless > 0) == (kind != "chunks")
+    assert (seen > 0) == (kind != "transactions")
 
 
 def test_changed_attributes_are_seen(store: str) -> None:
