@@ -223,8 +223,12 @@ def open_group(root: zarr.Group, path: str) -> zarr.Group:
 
     Raises:
         InputError: there is none; the message lists what is beside it.
+        DamagedStore: its metadata makes no sense.
     """
-    group = root.get(path)
+    try:
+        group = root.get(path)
+    except (ValueError, TypeError, KeyError) as error:  # no JSON, or fields that do not fit
+        raise DamagedStore(f"the metadata of /{path} is damaged: {REMEDY}") from error
     if isinstance(group, zarr.Group):
         return group
     parent, _, name = path.rpartition("/")
