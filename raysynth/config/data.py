@@ -146,8 +146,8 @@ class SliceSamples(Section):
     def _crops_show_nodules(self) -> SliceSamples:
         if self.centre == "nodule" and self.nodule_free_every:
             raise ValueError(
-                f"nodule_free_every {self.nodule_free_every}: crops around nodules (centre: nodule) "
-                "have no nodule-free slices; set it to 0"
+                f"nodule_free_every {self.nodule_free_every}: with centre: nodule every slice has "
+                "one; set it to 0"
             )
         return self
 

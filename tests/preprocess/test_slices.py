@@ -248,8 +248,8 @@ def test_crops_have_their_nodules_in_the_middle() -> None:
     assert {plan.nodule for plan in plans} == {0, 1}
     batch = cut_slices(case, plans, samples)
     for plan, hu, layout, box in zip(plans, batch.hu, batch.layout, batch.box, strict=True):
-        assert abs(box[0] + box[2] - 32) <= 1
-        assert abs(box[1] + box[3] - 32) <= 1
+        assert abs(box[0] + box[2] - 32) <= 2  # within a pixel
+        assert abs(box[1] + box[3] - 32) <= 2
         assert layout[15:17, 15:17].max() == Label.NODULE
         # One at a time gives the same as all together.
         alone = cut_slices(case, [plan], samples)
