@@ -83,6 +83,7 @@ class Case:
         patient_key: pseudonym of the patient (keyed hash); the same for all series of a patient.
         split: decided by the patient alone.
         layout: labels (`Label`) on the volume's grid, uint8 (z, y, x); None until preprocessing.
+        outlines: what somebody else drew, as `Label`s on the same grid; 0 where it says nothing.
         source: what may be kept of where it came from: format, and allow-listed acquisition values.
     """
 
@@ -92,5 +93,6 @@ class Case:
     volume: Volume
     nodules: tuple[Nodule, ...] = ()
     layout: NDArray[np.uint8] | None = None
+    outlines: NDArray[np.uint8] | None = None
     intensity: Intensity = "hu"
     source: dict[str, str | float] = field(default_factory=dict)

@@ -3,7 +3,10 @@
 from raysynth.config.base import Section
 from raysynth.config.data import (
     DataConfig,
+    DicomSource,
+    ImageSource,
     LidcSource,
+    Luna16Source,
     PhantomSource,
     SliceSamples,
     SplitConfig,
@@ -23,10 +26,13 @@ from raysynth.config.training import TrainingConfig
 __all__ = [
     "AutoencoderKLConfig",
     "DataConfig",
+    "DicomSource",
     "EvaluationConfig",
     "ExperimentConfig",
+    "ImageSource",
     "LatentDiffusionConfig",
     "LidcSource",
+    "Luna16Source",
     "ModelConfig",
     "PhantomSource",
     "SamplingConfig",

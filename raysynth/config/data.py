@@ -9,6 +9,22 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from raysynth.config.base import Section
 
+Anatomy = Literal[
+    "ignore",
+    "left_lung",
+    "right_lung",
+    "lung",
+    "trachea",
+    "body",
+    "nodule",
+    "liver",
+    "left_kidney",
+    "right_kidney",
+    "spleen",
+    "tumour",
+]
+"""What a value of somebody's label map may mean."""
+
 
 class PhantomSource(Section):
     """Built-in patients: procedural anatomy, real LIDC nodules."""
@@ -42,7 +58,49 @@ class LidcSource(Section):
     """Share of a nodule's readers who must have drawn a voxel for it to count."""
 
 
-Source = Annotated[PhantomSource | LidcSource, Field(discriminator="kind")]
+class Luna16Source(Section):
+    """A folder of LUNA16 volumes (`<SeriesInstanceUID>.mhd` and their data), in any arrangement."""
+
+    kind: Literal["luna16"] = "luna16"
+    path: Path
+    annotations: Path | None = None
+    """The challenge's annotations.csv; None: that of the folder."""
+    lungs: Path | None = None
+    """A folder of the challenge's lung segmentations; None: lungs are segmented here."""
+    nodule_mask: Literal["two_means", "sphere", "lidc"] = "two_means"
+    """`two_means`: the brighter voxels of the annotated sphere, as published. `sphere`: all of it.
+    `lidc`: what LIDC's readers outlined, with their ratings."""
+
+
+class DicomSource(Section):
+    """A folder of DICOM CT series that nobody annotated."""
+
+    kind: Literal["dicom"] = "dicom"
+    path: Path
+    needs_lung: bool = True
+    """Refuse series that show no lung."""
+
+
+class ImageSource(Section):
+    """A folder of NIfTI, NRRD or MetaImage volumes, each of another patient."""
+
+    kind: Literal["images"] = "images"
+    path: Path
+    labels: Path | None = None
+    """A folder of label maps, each named as its volume."""
+    class_map: dict[int, Anatomy] = Field(default_factory=dict)
+    """What a value of the label maps means; 0 is nothing. `nodule` makes nodules, `lung` is either
+    lung, `ignore` says nothing."""
+    intensity: Literal["hu", "relative"] = "hu"
+    """`relative`: grey values of no known unit; layouts then come from label maps alone."""
+    needs_lung: bool = True
+    """Refuse volumes that show no lung."""
+
+
+Source = Annotated[
+    PhantomSource | LidcSource | Luna16Source | DicomSource | ImageSource,
+    Field(discriminator="kind"),
+]
 
 
 class SplitConfig(Section):
@@ -65,8 +123,8 @@ class SliceSamples(Section):
     """Axial slices of one fixed size (system A's images).
 
     Planes lie `spacing_mm` apart, each the mean of as much of the volume; a square of
-    `field_of_view_mm` around the middle of the lungs is cut from one and brought to `size` pixels
-    in the same step. So a pixel is field_of_view_mm / size.
+    `field_of_view_mm` around the middle of the lungs, or around a nodule, is cut from one and
+    brought to `size` pixels in the same step. So a pixel is field_of_view_mm / size.
     """
 
     kind: Literal["slices"] = "slices"
@@ -75,12 +133,23 @@ class SliceSamples(Section):
     spacing_mm: float = Field(0.7, gt=0)
     """Distance and thickness of planes, millimetres."""
     field_of_view_mm: float = Field(360.0, gt=0)
+    centre: Literal["lungs", "nodule"] = "lungs"
+    """Middle of the image. `nodule`: crops around nodules, and nothing else."""
     nodule_slices: Literal["centre", "all"] = "all"
     """Of a nodule: only the plane of its largest area, or every plane it crosses."""
     nodule_free_every: int = Field(4, ge=0)
     """Keep one in so many lung planes that no nodule crosses; 0 keeps none."""
     min_nodule_mm: float = Field(0.0, ge=0)
     """Nodules below this diameter get no slices of their own."""
+
+    @model_validator(mode="after")
+    def _crops_show_nodules(self) -> SliceSamples:
+        if self.centre == "nodule" and self.nodule_free_every:
+            raise ValueError(
+                f"nodule_free_every {self.nodule_free_every}: with centre: nodule every slice has "
+                "one; set it to 0"
+            )
+        return self
 
     def settings(self) -> dict[str, Any]:
         """All that decides what is cut, as JSON values: everything but the set's name."""

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
-from raysynth.config.data import DataConfig, LidcSource
+from raysynth.config.data import DataConfig
 from raysynth.config.evaluation import EvaluationConfig
 from raysynth.config.model import LatentDiffusionConfig, ModelConfig
 from raysynth.config.sampling import SamplingConfig
@@ -58,8 +58,11 @@ class ExperimentConfig(Section):
     def absolute(self) -> ExperimentConfig:
         """The recipe with paths that mean the same in the folder of every worker."""
         source, evaluation = self.data.source, self.evaluation
-        if isinstance(source, LidcSource):
-            source = source.model_copy(update={"path": _absolute(source.path)})
+        places = ("path", "annotations", "lungs", "labels")
+        given = {name: getattr(source, name, None) for name in places}
+        source = source.model_copy(
+            update={name: _absolute(path) for name, path in given.items() if path is not None}
+        )
         if evaluation.inception_weights is not None:
             weights = {"inception_weights": _absolute(evaluation.inception_weights)}
             evaluation = evaluation.model_copy(update=weights)
@@ -80,7 +83,7 @@ class ExperimentConfig(Section):
         local: dict[str, Any] = {
             "work_dir": True,
             "store": True,
-            "data": {"source": {"path"}},
+            "data": {"source": {"path", "annotations", "lungs", "labels"}},
             "model": {"autoencoder"},
             "evaluation": {"inception_weights"},
         }

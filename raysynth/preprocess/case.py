@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysynth.case import LUNG_LABELS, Case, Label
 from raysynth.errors import UnreadableCase
 from raysynth.layout.anatomy import segment_anatomy
-from raysynth.layout.compose import compose
+from raysynth.layout.compose import compose, overlay
 
 MAX_OBLIQUE_DEGREES = 45.0
 MIN_LUNG_ML = 100.0
@@ -30,7 +31,7 @@ def prepare(case: Case, needs_lung: bool = True) -> Case:
     _check_orientation(case)
     layout = case.layout
     if layout is None:
-        layout = compose(segment_anatomy(case.volume), case.nodules)
+        layout = compose(_anatomy(case), case.nodules)
     if needs_lung:
         voxels = np.bincount(layout.ravel(), minlength=len(Label))[list(LUNG_LABELS)].sum()
         lung_ml = float(voxels) * float(np.prod(case.volume.spacing_mm)) / 1000
@@ -40,7 +41,16 @@ def prepare(case: Case, needs_lung: bool = True) -> Case:
                 f"{lung_ml:.0f} ml of lung found, a chest has at least {MIN_LUNG_ML:.0f}; "
                 "leave this series out, or check that its values are HU",
             )
-    return replace(case, layout=layout)
+    return replace(case, layout=layout, outlines=None)
+
+
+def _anatomy(case: Case) -> NDArray[np.uint8]:
+    """What intensities tell, under what was drawn; grey values of no known unit tell nothing."""
+    if case.intensity == "hu":
+        anatomy = segment_anatomy(case.volume)
+    else:
+        anatomy = np.zeros(case.volume.shape, np.uint8)
+    return anatomy if case.outlines is None else overlay(anatomy, case.outlines)
 
 
 def _check_orientation(case: Case) -> None:

@@ -46,11 +46,6 @@ class SlicePlan:
     nodule: int
     middle_mm: tuple[float, float]
 
-    @property
-    def has_nodule(self) -> bool:
-        """Whether the slice shows a nodule of its own."""
-        return self.nodule >= 0
-
 
 @dataclass(frozen=True)
 class SliceBatch:
@@ -76,25 +71,24 @@ def plan_slices(case: VolumeAttrs, samples: SliceSamples) -> list[SlicePlan]:
 
     A plane crossed by two nodules is planned once for each. A nodule gets no slices if it is too
     small for `samples` or not wholly in the image; planes that it crosses still do not count as
-    nodule-free. A case without lungs yields nothing.
+    nodule-free. A case without lungs yields nothing but crops.
     """
-    if case.lung_zyx is None:
+    crops = samples.centre == "nodule"
+    if case.lung_zyx is None and not crops:
         return []
-    middle_y, middle_x = (
-        (start + stop - 1) / 2 * spacing
-        for (start, stop), spacing in zip(case.lung_zyx[1:], case.spacing_mm[1:], strict=True)
-    )
     planes_mm = grid_positions(case.shape[0], case.spacing_mm[0], samples.spacing_mm)
-    plans = [
-        SlicePlan(case.case_id, float(z_mm), number, (middle_y, middle_x))
-        for number, nodule in enumerate(case.nodules)
-        if nodule.diameter_mm >= samples.min_nodule_mm
-        and _in_image(nodule, case, (middle_y, middle_x), samples.field_of_view_mm)
-        for z_mm in _planes_of(nodule, planes_mm, case, samples)
-    ]
+    plans = []
+    for number, nodule in enumerate(case.nodules):
+        middle_mm = _middle_mm(nodule.box_zyx if crops else case.lung_zyx, case)
+        if nodule.diameter_mm >= samples.min_nodule_mm and _in_image(
+            nodule, case, middle_mm, samples.field_of_view_mm
+        ):
+            planes = _planes_of(nodule, planes_mm, case, samples)
+            plans += [SlicePlan(case.case_id, z_mm, number, middle_mm) for z_mm in planes]
     if samples.nodule_free_every:
+        middle_mm = _middle_mm(case.lung_zyx, case)
         free = _free_planes(planes_mm, case, samples)[:: samples.nodule_free_every]
-        plans += [SlicePlan(case.case_id, z_mm, -1, (middle_y, middle_x)) for z_mm in free]
+        plans += [SlicePlan(case.case_id, z_mm, -1, middle_mm) for z_mm in free]
     return sorted(plans)
 
 
@@ -114,19 +108,33 @@ def cut_slices(case: Case, plans: Sequence[SlicePlan], samples: SliceSamples) ->
         box=np.full((count, 4), NO_BOX, np.int16),
         ratings=np.zeros((count, MAX_READERS, len(ATTRIBUTES)), np.uint8),
     )
-    if not plans:
-        return batch
-    frame = _Frame.of(case, plans[0].middle_mm, samples)
-    z_mm = np.array([plan.z_mm for plan in plans])
+    # Crops around different nodules lie in different frames.
+    for middle_mm in sorted({plan.middle_mm for plan in plans}):
+        rows = [row for row, plan in enumerate(plans) if plan.middle_mm == middle_mm]
+        _cut_frame(batch, np.array(rows), case, plans, samples)
+    return batch
+
+
+def _cut_frame(
+    batch: SliceBatch,
+    rows: NDArray[np.int64],
+    case: Case,
+    plans: Sequence[SlicePlan],
+    samples: SliceSamples,
+) -> None:
+    """Fills the rows of a batch whose slices share one frame."""
+    assert case.layout is not None
+    frame = _Frame.of(case, plans[rows[0]].middle_mm, samples)
+    z_mm = np.array([plans[row].z_mm for row in rows])
     along_z = linear_weights(
         case.volume.shape[0], case.volume.spacing_mm[0], z_mm, samples.spacing_mm
     )
     blender = PlaneBlender(case.volume.hu, frame.along_y, frame.along_x)
     anatomy = _Anatomy(case.layout, frame)
-    for row in np.argsort(z_mm, kind="stable"):  # a blender wants ascending planes
-        plan = plans[row]
-        assert (plan.case_id, plan.middle_mm) == (case.case_id, plans[0].middle_mm), plan
-        hu = blender.blend(*taps(along_z, row))
+    for place in np.argsort(z_mm, kind="stable"):  # a blender wants ascending planes
+        row, plan = rows[place], plans[rows[place]]
+        assert plan.case_id == case.case_id, plan
+        hu = blender.blend(*taps(along_z, place))
         batch.hu[row] = np.where(frame.outside, AIR_HU, np.rint(hu))
         batch.layout[row] = anatomy.at(round(plan.z_mm / case.volume.spacing_mm[0]))
         shown = _planes_shown(plan.z_mm, case.volume.spacing_mm[0], samples.spacing_mm)
@@ -135,8 +143,18 @@ def cut_slices(case: Case, plans: Sequence[SlicePlan], samples: SliceSamples) ->
             batch.layout[row][pixels] = Label.NODULE
             if number == plan.nodule:
                 batch.box[row] = square_box(pixels, min_side=MIN_BOX_PX)
-                batch.ratings[row, : len(nodule.ratings)] = nodule.ratings[:MAX_READERS]
-    return batch
+                for reader, scores in enumerate(nodule.ratings[:MAX_READERS]):
+                    batch.ratings[row, reader] = scores
+
+
+def _middle_mm(box: Sequence[tuple[int, int]] | None, case: VolumeAttrs) -> tuple[float, float]:
+    """Middle of a box of voxels along (y, x)."""
+    assert box is not None, f"case {case.case_id} shows no lung"
+    y, x = (
+        (start + stop - 1) / 2 * spacing
+        for (start, stop), spacing in zip(box[1:], case.spacing_mm[1:], strict=True)
+    )
+    return y, x
 
 
 @dataclass(frozen=True)

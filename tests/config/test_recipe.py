@@ -26,6 +26,7 @@ BAD = {
     "impossible size": (MINIMAL, ["data.samples.size=70"], "70 is not divisible by 4.*68 or 72"),
     "negative seed": (MINIMAL, ["seed=-1"], "seed is -1"),
     "batch and shards": (MINIMAL, ["training.open_shards=3"], "64 is not a multiple of open_shar"),
+    "crops without nodules": (MINIMAL, ["data.samples.centre=nodule"], "set it to 0"),
     "no levels": (MINIMAL, ["model.channels=[]"], "channels"),
     "no groups": (MINIMAL, ["model.norm_num_groups=0"], "norm_num_groups is 0"),
     "no width": (MINIMAL, ["model.channels=[0, 0]"], "channels"),

@@ -96,7 +96,7 @@ OFF_CENTRE = ball((35.0, 62.0, 58.0), 9.0)
 @pytest.mark.parametrize("direction", [(1, 1, 1), (1, -1, 1), (1, 1, -1), (-1, 1, 1), (-1, -1, -1)])
 def test_the_box_lies_around_the_nodule(direction: Triple) -> None:
     case = make_case(OFF_CENTRE, direction=direction)
-    plans = [plan for plan in plan_slices(outline(case), SAMPLES) if plan.has_nodule]
+    plans = [plan for plan in plan_slices(outline(case), SAMPLES) if plan.nodule >= 0]
     batch = cut_slices(case, plans, SAMPLES)
     assert len(plans) == 18  # nine planes of 2.5 mm cross the ball, at 1 mm
     for row in range(3, len(plans) - 3):
@@ -111,7 +111,7 @@ def test_the_box_lies_around_the_nodule(direction: Triple) -> None:
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_the_box_misses_once_an_axis_of_the_voxels_is_flipped(axis: int) -> None:
     case = make_case(OFF_CENTRE)
-    plans = [plan for plan in plan_slices(outline(case), SAMPLES) if plan.has_nodule]
+    plans = [plan for plan in plan_slices(outline(case), SAMPLES) if plan.nodule >= 0]
     flipped = replace(
         case, volume=Volume(np.flip(case.volume.hu, axis).copy(), case.volume.spacing_mm)
     )
@@ -160,7 +160,7 @@ def test_nodule_free_planes_show_lung_and_owe_nothing_to_a_nodule() -> None:
             update={"spacing_mm": spacing_mm, "nodule_free_every": 1, "min_nodule_mm": 5.0}
         )
         plans = plan_slices(outline(case), samples)
-        free = [plan for plan in plans if not plan.has_nodule]
+        free = [plan for plan in plans if plan.nodule < 0]
         assert free
         assert {plan.nodule for plan in plans} == {-1, 0}  # the small one has no slices
         batch = cut_slices(case, free, samples)
@@ -181,7 +181,7 @@ def test_one_in_so_many_and_none() -> None:
     for every in (0, 1, 4):
         samples = SAMPLES.model_copy(update={"nodule_free_every": every})
         plans = plan_slices(outline(case), samples)
-        counts[every] = sum(not plan.has_nodule for plan in plans)
+        counts[every] = sum(plan.nodule < 0 for plan in plans)
     assert counts[0] == 0
     assert counts[4] == -(-counts[1] // 4)
 
@@ -234,8 +234,27 @@ def test_a_nodule_outside_the_image_gets_no_slices_but_frees_no_planes() -> None
     case = make_case(ball((30.0, 90.0, 35.0), 3.0))
     samples = SAMPLES.model_copy(update={"field_of_view_mm": 80.0, "nodule_free_every": 1})
     plans = plan_slices(outline(case), samples)
-    assert not any(plan.has_nodule for plan in plans)
+    assert not any(plan.nodule >= 0 for plan in plans)
     assert not any(abs(plan.z_mm - 30.0) < 3.0 for plan in plans)
+
+
+def test_crops_have_their_nodules_in_the_middle() -> None:
+    case = make_case(ball((30.0, 90.0, 60.0), 5.0), ball((40.0, 60.0, 150.0), 8.0))
+    samples = SliceSamples(
+        size=32, spacing_mm=2.5, field_of_view_mm=64, centre="nodule", nodule_free_every=0
+    )
+    # A case whose lungs nobody found has its crops as well.
+    plans = plan_slices(replace(outline(case), lung_zyx=None, lung_planes=()), samples)
+    assert {plan.nodule for plan in plans} == {0, 1}
+    batch = cut_slices(case, plans, samples)
+    for plan, hu, layout, box in zip(plans, batch.hu, batch.layout, batch.box, strict=True):
+        assert abs(box[0] + box[2] - 32) <= 2  # within a pixel
+        assert abs(box[1] + box[3] - 32) <= 2
+        assert layout[15:17, 15:17].max() == Label.NODULE
+        # One at a time gives the same as all together.
+        alone = cut_slices(case, [plan], samples)
+        np.testing.assert_array_equal(alone.hu[0], hu)
+        np.testing.assert_array_equal(alone.layout[0], layout)
 
 
 def test_without_lungs_there_is_nothing_to_cut() -> None:
