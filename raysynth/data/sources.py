@@ -12,7 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from raysynth.case import Case, Split
+import numpy as np
+from numpy.typing import NDArray
+
+from raysynth.case import Case, Nodule, Split
 from raysynth.config import (
     DicomSource,
     ExperimentConfig,
@@ -111,7 +114,7 @@ def read_case(ref: CaseRef) -> Case:
             volume, tags = read_series(ref.files)
             return case(volume, source={"format": "dicom", **tags})
         case Luna16Source() as source:
-            volume = volume_of(read_image(ref.files[0]))
+            volume = volume_of(read_image(ref.files[0]), "hu")
             if source.nodule_mask == "lidc":
                 nodules = series_nodules(ref.series_uid, volume)
             else:
@@ -127,7 +130,8 @@ def read_case(ref: CaseRef) -> Case:
 
 def _image_case(ref: CaseRef, source: ImageSource) -> Case:
     volume = volume_of(read_image(ref.files[0]), source.intensity)
-    outlines, nodules = None, ()
+    outlines: NDArray[np.uint8] | None = None
+    nodules: tuple[Nodule, ...] = ()
     if len(ref.files) > 1:
         labels = labels_of(read_image(ref.files[1]), volume)
         outlines = translate(labels, source.class_map, volume)
@@ -161,9 +165,9 @@ def _list_dicom(
 ) -> tuple[list[CaseRef], list[Refusal]]:
     series, refused = find_series(_folder(source.path, "path"))
     if not series:
-        found = f"only unusable files ({refused[0].reason})" if refused else "no CT series"
+        there = f"only unusable files ({refused[0].reason})" if refused else "no CT series"
         raise InputError(
-            f"data.source.path {source.path} holds {found}: give a folder with CT series"
+            f"data.source.path {source.path} holds {there}: give a folder with CT series"
         )
     found = [_Found(one.uid, one.patient_id, one.files) for one in series]
     key = load_key(config.key_path)

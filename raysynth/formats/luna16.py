@@ -113,7 +113,7 @@ def nodule_of(
     )
 
 
-def two_means(values: NDArray[np.floating]) -> tuple[float, float]:
+def two_means(values: NDArray[np.number]) -> tuple[float, float]:
     """The two centres of k-means with k = 2 of numbers (n,), the best there are: n at least 1.
 
     In one dimension the best clusters are the two sides of a cut of the sorted values.

@@ -33,10 +33,23 @@ def run(verb: str, recipe: str, work_dir: Path) -> None:
     assert time.monotonic() - started < MAX_SECONDS, f"{verb} {recipe} takes too long"
 
 
+def _warm_up() -> None:
+    """Starts Ray's workers: a stage is timed, and not the first import of torch on a machine."""
+    import ray
+
+    def load() -> None:
+        import raysynth.data.ingest
+        import raysynth.evaluation.evaluate
+        import raysynth.sampling.draw  # noqa: F401
+
+    ray.get([ray.remote(num_cpus=1)(load).remote() for _ in range(2)])
+
+
 @pytest.fixture(scope="module")
 def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the store of the tiny recipes and their two autoencoders."""
     path = tmp_path_factory.mktemp("tiny")
+    _warm_up()
     run("ingest", "lidc_vq_tiny", path)
     run("shard", "lidc_vq_tiny", path)
     for autoencoder in ("lidc_vq_tiny", "lidc_kl_tiny"):
