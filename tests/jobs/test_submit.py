@@ -33,9 +33,15 @@ CHAIN = (
 )
 
 
+# The agent that starts jobs does without a port that another cluster of this machine has taken.
 HEAD = """
+import socket
 from ray.cluster_utils import Cluster
+with socket.socket() as free:
+    free.bind(("", 0))
+    port = free.getsockname()[1]
 options = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0}
+options["dashboard_agent_listen_port"] = port
 cluster = Cluster(initialize_head=True, head_node_args=options)
 print(cluster.head_node.webui_url, flush=True)
 input()
