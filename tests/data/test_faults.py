@@ -89,6 +89,9 @@ def wait_for_the_run(process: subprocess.Popen[str], work_dir: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.skipif(
+    "RAYSYNTH_ALL_FAULTS" not in os.environ, reason="chosen places are killed; RAYSYNTH_ALL_FAULTS"
+)
 def test_drivers_killed_at_random_times_resume(
     tmp_path: Path, phantom_store: ExperimentConfig
 ) -> None:

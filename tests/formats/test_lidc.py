@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -233,5 +234,9 @@ def test_agrees_with_pylidc(
 
 @pytest.mark.slow
 def test_agrees_with_pylidc_on_every_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fifth of them, or all with RAYSYNTH_ALL_FAULTS=1 (6 minutes)."""
     pylidc = import_pylidc(monkeypatch)
-    assert compare_with_pylidc(list(range(1, 1019)), pylidc) == 2651 - 14
+    if os.environ.get("RAYSYNTH_ALL_FAULTS"):
+        assert compare_with_pylidc(list(range(1, 1019)), pylidc) == 2651 - 14
+    else:
+        assert compare_with_pylidc(list(range(1, 1019, 5)), pylidc) > 400
