@@ -11,6 +11,7 @@ from typing import Any
 from raysynth import stages
 from raysynth.config import ExperimentConfig, load_recipe
 from raysynth.errors import InputError
+from raysynth.progress import stage_seconds
 from raysynth.session import connect
 
 Stage = Callable[[ExperimentConfig], stages.Result]
@@ -59,7 +60,7 @@ def run_demo(work_dir: Path, lidc: Path | None, overrides: list[str]) -> DemoSum
     ]
     with connect():
         results = {name: stage(config) for name, stage, config in steps}
-    timings = stages.stage_seconds(model)
+    timings = stage_seconds(model.work_dir)
     seconds = {name: timings[f"{stage.__name__} {config.name}"] for name, stage, config in steps}
     return _summarize(model, results, seconds)
 

@@ -1,12 +1,16 @@
-"""One view of a run's progress: a live line on a terminal, JSON lines anywhere else."""
+"""A run's progress, a live line on a terminal or JSON lines elsewhere; and how long stages took."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_TIMINGS = "timings.json"
 
 
 class Progress:
@@ -67,6 +71,22 @@ class Progress:
         """Ends the line."""
         if self._live:
             sys.stderr.write("\n")
+
+
+def stage_seconds(work_dir: Path) -> dict[str, float]:
+    """Wall seconds of the stages run in a work_dir, by `verb name`, over all their attempts."""
+    path = work_dir / _TIMINGS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_stage_seconds(work_dir: Path, stage: str, seconds: float) -> None:
+    """Adds to a stage's time, so that one that was stopped and run again keeps what it had."""
+    timings = stage_seconds(work_dir)
+    timings[stage] = round(timings.get(stage, 0.0) + seconds, 2)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    scratch = work_dir / f".{os.getpid()}-{_TIMINGS}"
+    scratch.write_text(json.dumps(timings, indent=1))
+    scratch.replace(work_dir / _TIMINGS)
 
 
 @contextmanager

@@ -5,13 +5,12 @@ The command line, the job files and the demo call these and nothing else.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import asdict
 from typing import Any
 
 from raysynth.config import ExperimentConfig
+from raysynth.progress import add_stage_seconds
 from raysynth.session import connect, set_defaults
 
 set_defaults()
@@ -63,29 +62,12 @@ def evaluate(config: ExperimentConfig) -> Result:
 
 
 def _timed(verb: str, config: ExperimentConfig, run: Any) -> Result:
-    """Runs one stage on a cluster and adds its wall time to `work_dir`/timings.json.
-
-    So a stage that was killed and run again, or that had nothing left to do, keeps its time.
-    """
+    """Runs one stage on a cluster and keeps its wall time."""
     config = config.absolute()
     with connect():
         started = time.monotonic()
         try:
             return asdict(run(config))
         finally:
-            _add_seconds(config, verb, time.monotonic() - started)
-
-
-def stage_seconds(config: ExperimentConfig) -> dict[str, float]:
-    """Wall seconds of the stages run in the recipe's work_dir, by `verb name`."""
-    path = config.work_dir / "timings.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _add_seconds(config: ExperimentConfig, verb: str, seconds: float) -> None:
-    timings, name = stage_seconds(config), f"{verb} {config.name}"
-    timings[name] = round(timings.get(name, 0.0) + seconds, 2)
-    config.work_dir.mkdir(parents=True, exist_ok=True)
-    scratch = config.work_dir / f".timings-{os.getpid()}.json"
-    scratch.write_text(json.dumps(timings, indent=1))
-    scratch.replace(config.work_dir / "timings.json")
+            seconds = time.monotonic() - started
+            add_stage_seconds(config.work_dir, f"{verb} {config.name}", seconds)

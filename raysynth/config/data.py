@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -39,6 +39,11 @@ class PhantomSource(Section):
     min_diameter_mm: float = 4.0
     """Smaller LIDC nodules are not placed."""
 
+    @property
+    def needs_lung(self) -> bool:
+        """An abdomen may show none."""
+        return self.anatomy == "thorax"
+
     @model_validator(mode="after")
     def _check(self) -> PhantomSource:
         low, high = self.nodules_per_patient
@@ -52,6 +57,7 @@ class PhantomSource(Section):
 class LidcSource(Section):
     """A folder of LIDC-IDRI DICOM series, in any arrangement of sub-folders."""
 
+    needs_lung: ClassVar[bool] = True
     kind: Literal["lidc"] = "lidc"
     path: Path
     consensus_level: float = Field(0.5, gt=0, le=1)
@@ -61,6 +67,7 @@ class LidcSource(Section):
 class Luna16Source(Section):
     """A folder of LUNA16 volumes (`<SeriesInstanceUID>.mhd` and their data), in any arrangement."""
 
+    needs_lung: ClassVar[bool] = True
     kind: Literal["luna16"] = "luna16"
     path: Path
     annotations: Path | None = None

@@ -23,7 +23,7 @@ from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, write_rows
-from storage_schema.v1 import SPLITS, latents
+from storage_schema.v1 import latents
 
 BATCH_SIZE = 16
 """Samples in one call of the encoder."""
@@ -168,9 +168,7 @@ def _measure(encoder: _Encoder, samples: SampleSet) -> tuple[float, tuple[int, .
     The factor of Rombach et al. 2022 (High-Resolution Image Synthesis with Latent Diffusion Models,
     appendix G), so that networks see latents of unit variance.
     """
-    rows = np.flatnonzero(samples.index["split"] == SPLITS.index("train"))
-    if not len(rows):
-        raise InputError("the sample set has no train samples: ingest more patients")
+    rows = samples.training_rows()
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SCALE_SAMPLES)).astype(int)]
     encoded = np.concatenate(list(_encode_rows(encoder, samples, chosen))).astype(np.float64)
     return float(1.0 / encoded.std()), encoded.shape[1:]

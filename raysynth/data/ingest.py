@@ -115,11 +115,8 @@ def _keep_splits(refs: list[CaseRef], stored: dict[str, VolumeAttrs]) -> list[Ca
 
 def _write_case(root: zarr.Group, ref: CaseRef) -> Refusal | None:
     """Reads, prepares and writes one case, or says why it is refused."""
-    source = ref.source
-    abdomen = isinstance(source, PhantomSource) and source.anatomy == "abdomen"
-    needs_lung = getattr(source, "needs_lung", not abdomen)
     try:
-        case = prepare(read_case(ref), needs_lung=needs_lung)
+        case = prepare(read_case(ref), needs_lung=ref.source.needs_lung)
     except UnreadableCase as error:
         return Refusal(ref.case_id, error.rule, error.reason)
     except InputError:  # the recipe's fault, not the case's

@@ -18,6 +18,7 @@ from raysynth.condition import Box, Condition
 from raysynth.config import ExperimentConfig, LatentDiffusionConfig
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION
+from raysynth.progress import stage_seconds
 from raysynth.report.html import Losses, MetricRow, ReportData, Tile, write_report
 from raysynth.sampling.draw import SliceSampler
 from raysynth.sampling.planner import PlannedSample
@@ -242,9 +243,8 @@ def _losses(config: ExperimentConfig) -> Losses:
 
 
 def _seconds(config: ExperimentConfig) -> dict[str, float]:
-    """Wall time of this recipe's stages and its autoencoder's (`raysynth.stages` keeps them)."""
-    path = config.work_dir / "timings.json"
-    seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    """Wall time of this recipe's stages and its autoencoder's."""
+    seconds = stage_seconds(config.work_dir)
     return {stage: took for stage, took in seconds.items() if stage.split()[1] in _models(config)}
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -199,6 +199,12 @@ def header_lines(file: BinaryIO) -> Iterator[str]:
         "header-size",
         f"a header of over {MAX_HEADER_LINES} lines or {MAX_HEADER_BYTES} bytes",
     )
+
+
+def field_text(fields: Mapping[str, str], name: str) -> str:
+    """The text of a header field that must be there."""
+    require(name in fields, "missing-field", f"the field `{name}` is missing")
+    return fields[name]
 
 
 def parse_numbers(text: str, name: str, count: int) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from raysynth.formats.image_file import (
     Stream,
     check_grid,
     check_shape,
+    field_text,
     header_lines,
     open_beside,
     open_file,
@@ -54,7 +55,7 @@ def read_metaimage(path: Path) -> Image:
         fields = _read_fields(file)
         _check_kind(fields)
         stored = np.dtype(_byte_order(fields) + _type(fields))
-        shape = check_shape(parse_whole(_needed(fields, "DimSize"), "DimSize", 3), stored)
+        shape = check_shape(parse_whole(field_text(fields, "DimSize"), "DimSize", 3), stored)
         grid = _grid(fields)
         is_packed = _flag(fields, "CompressedData", "False")
         skip = parse_whole(fields.get("HeaderSize", "0"), "HeaderSize", 1)[0]
@@ -88,11 +89,6 @@ def _read_fields(file: BinaryIO) -> dict[str, str]:
     )
 
 
-def _needed(fields: dict[str, str], name: str) -> str:
-    require(name in fields, "missing-field", f"{name} is missing")
-    return fields[name]
-
-
 def _flag(fields: dict[str, str], name: str, default: str) -> bool:
     value = fields.get(name, default).lower()
     require(value in ("true", "false", "1", "0"), "bad-field", f"{name} must be True or False")
@@ -105,7 +101,7 @@ def _check_kind(fields: dict[str, str]) -> None:
         "not-metaimage",
         "ObjectType is no image",
     )
-    axes = parse_whole(_needed(fields, "NDims"), "NDims", 1)[0]
+    axes = parse_whole(field_text(fields, "NDims"), "NDims", 1)[0]
     require(axes == 3, "shape", f"an image of {axes} axes; three are needed")
     channels = parse_whole(fields.get("ElementNumberOfChannels", "1"), "its channels", 1)[0]
     require(channels == 1, "pixel-format", f"{channels} values a voxel; one is needed")
@@ -129,7 +125,7 @@ def _check_kind(fields: dict[str, str]) -> None:
 
 
 def _type(fields: dict[str, str]) -> str:
-    name = _needed(fields, "ElementType")
+    name = field_text(fields, "ElementType")
     require(
         name in _TYPES,
         "pixel-format",

@@ -17,6 +17,7 @@ from raysynth.formats.image_file import (
     Stream,
     check_grid,
     check_shape,
+    field_text,
     header_lines,
     open_beside,
     open_file,
@@ -66,12 +67,12 @@ def read_nrrd(path: Path) -> Image:
     """
     with open_file(path) as file:
         fields = _read_fields(file)
-        axes = parse_whole(_needed(fields, "dimension"), "dimension", 1)[0]
+        axes = parse_whole(field_text(fields, "dimension"), "dimension", 1)[0]
         require(axes == 3, "shape", f"an image of {axes} axes; three are needed")
         stored = _stored_type(fields)
-        shape = check_shape(parse_whole(_needed(fields, "sizes"), "sizes", 3), stored)
+        shape = check_shape(parse_whole(field_text(fields, "sizes"), "sizes", 3), stored)
         grid = _grid(fields)
-        encoding = _needed(fields, "encoding").lower()
+        encoding = field_text(fields, "encoding").lower()
         is_packed = encoding in ("gzip", "gz")
         require(
             is_packed or encoding == "raw",
@@ -114,13 +115,8 @@ def _read_fields(file: BinaryIO) -> dict[str, str]:
     return fields
 
 
-def _needed(fields: dict[str, str], name: str) -> str:
-    require(name in fields, "missing-field", f"the field `{name}` is missing")
-    return fields[name]
-
-
 def _stored_type(fields: dict[str, str]) -> np.dtype[np.generic]:
-    told = _needed(fields, "type").lower()
+    told = field_text(fields, "type").lower()
     code = next((code for code, names in _TYPES.items() if told in names), "")
     require(
         bool(code), "pixel-format", "the type is none of the integers and floats of up to 64 bits"
@@ -129,7 +125,7 @@ def _stored_type(fields: dict[str, str]) -> np.dtype[np.generic]:
     require(kinds <= _SPATIAL_KINDS, "shape", "an axis holds colours or vectors, not space")
     if code in ("i1", "u1"):
         return np.dtype(code)
-    order = _needed(fields, "endian").lower()
+    order = field_text(fields, "endian").lower()
     require(order in ("little", "big"), "bad-field", "endian must be little or big")
     return np.dtype((">" if order == "big" else "<") + code)
 
@@ -152,10 +148,10 @@ def _grid(fields: dict[str, str]) -> Grid:
     if "space directions" not in fields:
         # Directions nobody knows; sizes at least must be known.
         require("space" not in fields, "missing-field", "a space without space directions")
-        spacing_mm = parse_numbers(_needed(fields, "spacings"), "spacings", 3)
+        spacing_mm = parse_numbers(field_text(fields, "spacings"), "spacings", 3)
         require(bool((spacing_mm > 0).all()), "spacing", f"spacings {spacing_mm.tolist()} mm")
         return check_grid(np.diag(spacing_mm), np.zeros(3))
-    space = _needed(fields, "space").lower()
+    space = field_text(fields, "space").lower()
     require(space in _TO_LPS, "space", "the space is none of LPS, LAS and RAS of a patient")
     signs = np.array(_TO_LPS[space], dtype=np.float64)
     steps_mm = _vectors(fields["space directions"], "space directions", 3).T

@@ -38,13 +38,14 @@ def translate(
             f"the label map has values {shown} that data.source.class_map does not name: say what "
             "they mean, or `ignore`",
         )
-    result = np.zeros(labels.shape, np.uint8)
+    result, lung = np.zeros(labels.shape, np.uint8), np.zeros(labels.shape, bool)
     for value in values[values != 0].tolist():
         name, there = class_map[value], labels == value
         if name == "lung":
-            result[there] = _sides(there, volume)[there]
+            lung |= there
         elif name != "ignore":
             result[there] = Label[name.upper()]
+    result[lung] = _sides(lung, volume)[lung]
     return result
 
 
@@ -76,14 +77,21 @@ def _sides(lung: NDArray[np.bool_], volume: Volume) -> NDArray[np.uint8]:
     """Left or right for every voxel: by the part it belongs to, or by the middle of one part."""
     towards_left = np.sign(volume.direction[2, 2])
     columns = np.arange(lung.shape[2]) * towards_left
-    middle = float(np.average(columns, weights=np.maximum(lung.sum(axis=(0, 1)), 1e-9)))
+    weights = lung.sum(axis=(0, 1))
+    middle = (lung.shape[2] - 1) / 2 * towards_left
+    share = weights[columns > middle].sum() / max(weights.sum(), 1)
+    if not _one_sided(
+        share
+    ):  # both lungs: their own middle, for the patient may lie off the scan's
+        middle = np.average(columns, weights=weights)
+    by_column = np.where(columns > middle, Label.LEFT_LUNG, Label.RIGHT_LUNG).astype(np.uint8)
+    by_voxel = np.broadcast_to(by_column, lung.shape)
     parts, count = ndimage.label(lung)
-    sides = np.where(columns > middle, Label.LEFT_LUNG, Label.RIGHT_LUNG).astype(np.uint8)
-    by_column = np.broadcast_to(sides, lung.shape)
-    left = ndimage.sum_labels(by_column == Label.LEFT_LUNG, parts, np.arange(count + 1))
-    size = np.bincount(parts.ravel(), minlength=count + 1)
-    share = left / np.maximum(size, 1)
-    side = np.where(share > 0.5, Label.LEFT_LUNG, Label.RIGHT_LUNG).astype(np.uint8)
+    shares = ndimage.mean(by_voxel == Label.LEFT_LUNG, parts, np.arange(count + 1))
+    side = np.where(shares > 0.5, Label.LEFT_LUNG, Label.RIGHT_LUNG).astype(np.uint8)
     # A part that lies on both sides is two lungs that touch.
-    both = (share > 0.1) & (share < 0.9)
-    return np.where(both[parts], by_column, side[parts]).astype(np.uint8)
+    return np.where(_one_sided(shares)[parts], side[parts], by_voxel)
+
+
+def _one_sided(left_share: NDArray[np.floating]) -> NDArray[np.bool_]:
+    return np.abs(left_share - 0.5) >= 0.4

@@ -18,7 +18,7 @@ from raysynth.errors import DamagedStore, InputError
 from raysynth.seeding import fingerprint
 from raysynth.store.shards import REMEDY, ShardedArray
 from raysynth.volume import Triple, Volume
-from storage_schema.v1 import sample_set, synthetic_run
+from storage_schema.v1 import SPLITS, sample_set, synthetic_run
 
 Range = tuple[int, int]
 
@@ -158,6 +158,17 @@ class SampleSet:
         """First row of a shard, and the row after its last."""
         start = shard * self.rows_per_shard
         return start, min(start + self.rows_per_shard, self.count)
+
+    def training_rows(self) -> NDArray[np.int64]:
+        """Rows of the training split, ascending.
+
+        Raises:
+            InputError: there are none.
+        """
+        rows = np.flatnonzero(self.index["split"] == SPLITS.index("train"))
+        if not len(rows):
+            raise InputError("the sample set has no train samples: ingest more patients")
+        return rows
 
     @cached_property
     def index(self) -> Mapping[str, NDArray]:

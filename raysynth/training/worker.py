@@ -31,7 +31,6 @@ from raysynth.training.engines import choose_engine
 from raysynth.training.history import HISTORY_FILE
 from raysynth.training.loop import Outcome, RunFiles, fit
 from raysynth.training.objectives import AutoencoderObjective, LatentDiffusionObjective, Objective
-from storage_schema.v1 import SPLITS
 
 SUMMARY_FILE = "summary.json"
 
@@ -235,9 +234,7 @@ def build_objective(
 
 def _first_training_slices(samples: SampleSet, count: int) -> NDArray[np.int16]:
     """Evenly spread slices of the first shard that has any of the training split, (n, y, x)."""
-    rows = np.flatnonzero(samples.index["split"] == SPLITS.index("train"))
-    if not len(rows):
-        raise InputError("the sample set has no train samples: ingest more patients")
+    rows = samples.training_rows()
     start, stop = samples.shard_rows(int(rows[0]) // samples.rows_per_shard)
     inside = rows[rows < stop] - start
     chosen = inside[np.linspace(0, len(inside) - 1, min(len(inside), count)).astype(int)]

@@ -46,6 +46,26 @@ def test_one_label_for_both_lungs_is_parted(mirrored: float, touching: bool) -> 
     assert ((layout > 0) == (labels > 0)).all()
 
 
+@pytest.mark.parametrize("mirrored", [1.0, -1.0])
+def test_lungs_are_sided_together_whatever_their_values(mirrored: float) -> None:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1:5, 5:15, 2:12], labels[1:5, 5:15, 16:24], labels[3, 8, 8] = 3, 4, 7
+    layout = translate(labels, {3: "lung", 4: "lung", 7: "nodule"}, grid(mirrored))
+    right, left = Label.RIGHT_LUNG, Label.LEFT_LUNG
+    low, high = (right, left) if mirrored > 0 else (left, right)
+    assert (layout[labels == 3] == low).all()
+    assert (layout[labels == 4] == high).all()
+    assert layout[3, 8, 8] == Label.NODULE
+
+
+@pytest.mark.parametrize("mirrored", [1.0, -1.0])
+def test_a_lone_lung_stays_whole(mirrored: float) -> None:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1:5, 5:15, 2:14] = 1
+    layout = translate(labels, {1: "lung"}, grid(mirrored))
+    assert (layout[labels == 1] == (Label.RIGHT_LUNG if mirrored > 0 else Label.LEFT_LUNG)).all()
+
+
 def test_parts_of_the_nodule_label_are_nodules() -> None:
     layout = np.zeros(SHAPE, np.uint8)
     layout[1:3, 4:8, 10:18] = Label.NODULE  # 4 mm x 4 mm
