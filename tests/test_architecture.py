@@ -25,3 +25,15 @@ def test_the_command_line_imports_typer_alone() -> None:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
     assert loaded.stdout.strip() == "[]"
+
+
+def test_networks_load_without_the_large_packages_they_do_not_need() -> None:
+    code = (
+        "import sys, raysynth.models.bundle\n"
+        "print([m for m in ('torchvision', 'transformers') if m in sys.modules])\n"
+        "import torchvision"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert loaded.stdout.strip() == "[]"

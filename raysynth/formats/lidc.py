@@ -22,7 +22,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
-from scipy.spatial.distance import pdist
 
 from raysynth.case import ATTRIBUTES, MAX_READERS, SCORE_RANGES, Nodule
 from raysynth.errors import InputError, UnreadableCase
@@ -108,9 +106,8 @@ class Annotation:
     def diameter_mm(self) -> float:
         """Largest distance of two points of one outline."""
         squares = [
-            pdist(contour.ij, "sqeuclidean").max()
-            for contour in self.contours
-            if len(contour.ij) > 1
+            (np.subtract.outer(i, i) ** 2 + np.subtract.outer(j, j) ** 2).max()
+            for i, j in (contour.ij.T for contour in self.contours if len(contour.ij) > 1)
         ]
         return float(np.sqrt(max(squares))) * self.pixel_mm if squares else self.pixel_mm
 
@@ -264,13 +261,13 @@ def _cluster(
 def _outline_distances(points: list[NDArray[np.int64]], reach: float) -> NDArray[np.float64]:
     """Smallest distance of two outlines' points, in voxels; infinite where it exceeds `reach`."""
     distance = np.full((len(points), len(points)), np.inf)
-    lowest = [one.min(axis=0) - reach for one in points]
-    highest = [one.max(axis=0) for one in points]
-    for a, b in combinations(range(len(points)), 2):
-        if (lowest[a] <= highest[b]).all() and (lowest[b] <= highest[a]).all():
-            # The bound of a k-d tree search is exclusive.
-            nearest, _ = cKDTree(points[a]).query(points[b], distance_upper_bound=reach + 1)
-            distance[a, b] = distance[b, a] = nearest.min()
+    lowest = np.array([one.min(axis=0) for one in points]) - reach
+    highest = np.array([one.max(axis=0) for one in points])
+    starts_before_end = (lowest[:, None] <= highest).all(axis=2)
+    for a, b in np.argwhere(np.triu(starts_before_end & starts_before_end.T, 1)):
+        # The bound of a k-d tree search is exclusive.
+        nearest, _ = cKDTree(points[a]).query(points[b], distance_upper_bound=reach + 1)
+        distance[a, b] = distance[b, a] = nearest.min()
     return distance
 
 

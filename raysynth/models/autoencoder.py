@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from monai.networks.nets.autoencoderkl import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
 from raysynth.config.model import AutoencoderKLConfig, VQVAEConfig
+from raysynth.models.monai import AutoencoderKL
 
 MAX_CELLS = 16_384
 """Latent cells compared with a codebook at once: half a gigabyte of distances to 8,192 codes."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import Tensor, nn
 
 from raysynth.config.model import LatentDiffusionConfig
 from raysynth.models.conditioner import ConditionBatch, Conditioner, EncodedCondition
+from raysynth.models.monai import DiffusionModelUNet
 
 
 class LatentDenoiser(nn.Module):

@@ -1,0 +1,22 @@
+"""The networks that MONAI supplies.
+
+`import monai` imports every module of it, and through them two large packages that it takes as
+optional and that these networks do not need. Hidden meanwhile, they leave a worker's start half
+as long.
+"""
+
+from __future__ import annotations
+
+import sys
+
+_HIDDEN = [name for name in ("torchvision", "transformers") if name not in sys.modules]
+for _name in _HIDDEN:
+    sys.modules[_name] = None  # type: ignore[assignment]  # "there is no such module"
+try:
+    from monai.networks.nets.autoencoderkl import AutoencoderKL
+    from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+finally:
+    for _name in _HIDDEN:
+        del sys.modules[_name]
+
+__all__ = ["AutoencoderKL", "DiffusionModelUNet"]
