@@ -147,7 +147,7 @@ def sample_set(count: int, item_shape: Sequence[int]) -> GroupSpec:
         "sample_set",
         "samples/<set>",
         "Samples of one shape, cut from the volumes; row i of every array is sample i.",
-        (*_images(count, item_shape, rows), *_columns(count, rows, _CUT_COLUMNS + _COMMON_COLUMNS)),
+        (*_images(count, item_shape, rows), *_columns(count, rows, _cut_columns(item_shape))),
         _SAMPLE_ATTRIBUTES,
     )
 
@@ -186,7 +186,7 @@ def synthetic_run(count: int, item_shape: Sequence[int]) -> GroupSpec:
         "Samples drawn by one bundle after one plan. Not images of anybody.",
         (
             *_images(count, item_shape, rows),
-            *_columns(count, rows, _COMMON_COLUMNS + _SYNTHETIC_COLUMNS),
+            *_columns(count, rows, _common_columns(item_shape) + _SYNTHETIC_COLUMNS),
         ),
         _SYNTHETIC_ATTRIBUTES,
     )
@@ -216,6 +216,7 @@ def as_json() -> dict[str, object]:
         root(),
         volume((300, 512, 512)),
         sample_set(1000, (256, 256)),
+        sample_set(1000, (64, 64, 64)),
         latents(1000, (4, 64, 64)),
         synthetic_run(1000, (256, 256)),
         quarantine(),
@@ -234,11 +235,7 @@ def as_json() -> dict[str, object]:
     }
 
 
-_CUT_COLUMNS = (
-    Column("case", "int32", -1, "row of the sample's case in the attribute `cases`"),
-    Column(
-        "z_mm", "float32", math.nan, "distance from the volume's first plane along z, millimetres"
-    ),
+_NODULE_COLUMNS = (
     Column("nodule", "int16", -1, "row in the case's `nodules` attribute; -1: none was aimed at"),
     Column(
         "ratings",
@@ -249,17 +246,28 @@ _CUT_COLUMNS = (
     ),
 )
 
-_COMMON_COLUMNS = (
-    Column(
-        "box",
-        "int16",
-        -1,
-        "square around the nodule, half-open pixels (y0, x0, y1, x1); all -1: none",
-        (("corner", 4),),
-    ),
-    Column("has_nodule", "uint8", 0, "1 if any nodule voxel is in the sample's layout"),
-    Column("split", "uint8", 0, "row in `splits`: 0 train, 1 val, 2 test"),
-)
+
+def _cut_columns(item_shape: Sequence[int]) -> tuple[Column, ...]:
+    case = Column("case", "int32", -1, "row of the sample's case in the attribute `cases`")
+    if len(item_shape) == 2:
+        doc = "distance from the volume's first plane along z, millimetres"
+        place = Column("z_mm", "float32", math.nan, doc)
+    else:
+        doc = "middle of the sample along the volume's axes, millimetres from the first voxel"
+        place = Column("middle_mm", "float32", math.nan, doc, (("axis", 3),))
+    return (case, place, *_NODULE_COLUMNS, *_common_columns(item_shape))
+
+
+def _common_columns(item_shape: Sequence[int]) -> tuple[Column, ...]:
+    axes = _axes(item_shape)
+    corners = ", ".join(axis + end for end in "01" for axis in axes)
+    doc = f"box of equal sides around the nodule, half-open pixels ({corners}); all -1: none"
+    return (
+        Column("box", "int16", -1, doc, (("corner", 2 * len(axes)),)),
+        Column("has_nodule", "uint8", 0, "1 if any nodule voxel is in the sample's layout"),
+        Column("split", "uint8", 0, "row in `splits`: 0 train, 1 val, 2 test"),
+    )
+
 
 _SYNTHETIC_COLUMNS = (
     Column("seed", "uint64", 0, "seed of the sample's noise"),

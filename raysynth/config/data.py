@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from raysynth.config.base import Section
 
@@ -163,9 +163,77 @@ class SliceSamples(Section):
         return self.model_dump(mode="json", exclude={"name"})
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of one sample, (y, x)."""
+        return self.size, self.size
+
+    @property
     def pixel_mm(self) -> float:
         """Side of one pixel of a sample in millimetres."""
         return self.field_of_view_mm / self.size
+
+
+class PatchSamples(Section):
+    """Cubes of one fixed size (system D's patches and whole volumes).
+
+    A cube of `field_of_view_mm` is cut from a volume and brought to `size` voxels a side in the
+    same step, so a voxel measures field_of_view_mm / size along every axis. Cubes around nodules
+    and random places are moved into the volume where they reach out of it.
+    """
+
+    kind: Literal["patches"] = "patches"
+    name: str = Field("patches", pattern=r"^[a-z0-9_]+$")
+    size: int = Field(64, ge=8)
+    field_of_view_mm: float = Field(64.0, gt=0)
+    centre: Literal["nodule", "lungs"] = "nodule"
+    """`nodule`: cubes around every nodule. `lungs`: one for each case, around the lungs."""
+    patches_per_nodule: int = Field(1, ge=1)
+    """The first around the nodule's middle, others around voxels of it that are drawn at random."""
+    random_per_case: int = Field(0, ge=0)
+    """Besides, cubes around lung voxels drawn at random; they may show nodules."""
+    min_nodule_mm: float = Field(0.0, ge=0)
+    """Nodules below this diameter get no cubes of their own."""
+    seed: int = 0
+    """Of the random places."""
+
+    @model_validator(mode="after")
+    def _whole_volumes_are_one_each(self) -> PatchSamples:
+        if self.centre == "lungs" and (self.patches_per_nodule > 1 or self.random_per_case):
+            raise ValueError(
+                "centre: lungs cuts one cube a case; leave patches_per_nodule at 1 and "
+                "random_per_case at 0, or say centre: nodule"
+            )
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what is cut, as JSON values: everything but the set's name."""
+        return self.model_dump(mode="json", exclude={"name"})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one sample, (z, y, x)."""
+        return self.size, self.size, self.size
+
+    @property
+    def pixel_mm(self) -> float:
+        """Side of one voxel of a sample in millimetres."""
+        return self.field_of_view_mm / self.size
+
+    @property
+    def spacing_mm(self) -> float:
+        """Distance and thickness of a sample's planes, which are as far apart as its columns."""
+        return self.pixel_mm
+
+
+def _slices_unless_said(value: Any) -> Any:
+    return {"kind": "slices", **value} if isinstance(value, dict) else value
+
+
+Samples = Annotated[
+    SliceSamples | PatchSamples,
+    Field(discriminator="kind"),
+    BeforeValidator(_slices_unless_said),
+]
 
 
 class DataConfig(Section):
@@ -173,6 +241,6 @@ class DataConfig(Section):
 
     source: Source = PhantomSource()
     split: SplitConfig = SplitConfig()
-    samples: SliceSamples = SliceSamples()
+    samples: Samples = SliceSamples()
     max_quarantined: float = Field(0.5, ge=0, le=1)
     """A larger share of refused cases makes ingest fail (exit code 1)."""

@@ -8,11 +8,12 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
-from raysynth.config.data import DataConfig
+from raysynth.config.data import DataConfig, SliceSamples
 from raysynth.config.evaluation import EvaluationConfig
 from raysynth.config.model import LatentDiffusionConfig, ModelConfig
 from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
+from raysynth.errors import InputError
 
 CONTROL_SUFFIXES = UNTRAINED, SHUFFLED = "_untrained", "_shuffled"
 """Runs drawn beside a recipe's own, to compare: with fresh weights, and with requests exchanged."""
@@ -54,6 +55,21 @@ class ExperimentConfig(Section):
         """The autoencoder bundle of a latent model."""
         assert isinstance(self.model, LatentDiffusionConfig)
         return self.work_dir / self.model.autoencoder
+
+    @property
+    def slices(self) -> SliceSamples:
+        """The sample set of a model of slices.
+
+        Raises:
+            InputError: the recipe cuts something else.
+        """
+        samples = self.data.samples
+        if not isinstance(samples, SliceSamples):
+            raise InputError(
+                f"{self.name}: model.family {self.model.family} works on slices, but "
+                f"data.samples.kind is {samples.kind}: only ingest and shard can run with that"
+            )
+        return samples
 
     def absolute(self) -> ExperimentConfig:
         """The recipe with paths that mean the same in the folder of every worker."""

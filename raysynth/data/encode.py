@@ -93,7 +93,7 @@ def encode(config: ExperimentConfig) -> EncodeSummary:
             f"recipe has something to encode"
         )
     encoder = _Encoder(config.autoencoder_path, config.training.use_gpu)
-    name, snapshot = config.data.samples.name, main_snapshot(config.store_url)
+    name, snapshot = config.slices.name, main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
     samples = SampleSet(open_group(root, f"samples/{name}"))
     _check(config, encoder.bundle, samples)
@@ -112,7 +112,7 @@ def encode(config: ExperimentConfig) -> EncodeSummary:
 
 def latents_path(config: ExperimentConfig, digest: str) -> str:
     """Group of the latents of the recipe's sample set by the autoencoder of that digest."""
-    return f"latents/{config.data.samples.name}/{digest[:12]}"
+    return f"latents/{config.slices.name}/{digest[:12]}"
 
 
 def _check(config: ExperimentConfig, autoencoder: Bundle, samples: SampleSet) -> None:
@@ -126,7 +126,7 @@ def _check(config: ExperimentConfig, autoencoder: Bundle, samples: SampleSet) ->
         if trained != given:
             raise InputError(
                 f"autoencoder {config.autoencoder_path} wants {what} {trained}, samples "
-                f"{config.data.samples.name!r} have {given}: train one on these samples"
+                f"{config.slices.name!r} have {given}: train one on these samples"
             )
 
 

@@ -117,11 +117,14 @@ def _sample_tiles(samples: SampleSet) -> list[Tile]:
     rows = np.linspace(0, samples.count - 1, min(MAX_SAMPLES, samples.count)).astype(int)
     tiles = []
     for row in rows.tolist():
-        y0, x0, y1, x1 = (int(corner) for corner in samples.index["box"][row])
+        # Of a cube the middle plane, and of its box the square there.
+        middle = tuple(size // 2 for size in samples.shape[:-2])
+        corners = samples.index["box"][row].reshape(2, -1)[:, -2:]
+        y0, x0, y1, x1 = (int(corner) for corner in corners.ravel())
         tiles.append(
             Tile(
-                samples.read("hu", row, row + 1)[0],
-                samples.read("layout", row, row + 1)[0],
+                samples.read("hu", row, row + 1)[0][middle],
+                samples.read("layout", row, row + 1)[0][middle],
                 (y0, x0, y1, x1),
                 f"row {row}",
             )

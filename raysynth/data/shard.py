@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import zarr
 
-from raysynth.case import Label
-from raysynth.config import ExperimentConfig, SliceSamples
+from raysynth.case import Case, Label
+from raysynth.config import ExperimentConfig
+from raysynth.config.data import Samples, SliceSamples
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
-from raysynth.preprocess.slices import SlicePlan, cut_slices, plan_slices
+from raysynth.preprocess.patches import PatchBatch, PatchPlan, cut_patches, plan_patches
+from raysynth.preprocess.slices import SliceBatch, SlicePlan, cut_slices, plan_slices
 from raysynth.seeding import fingerprint
 from raysynth.store.reader import (
     SampleSet,
@@ -29,7 +33,9 @@ from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, set_index, write_rows
 from storage_schema.v1 import SPLITS, sample_set
 
-Shard = tuple[int, list[SlicePlan]]
+Plan = SlicePlan | PatchPlan
+
+Shard = tuple[int, list[Plan]]
 """First row of a shard, and the plans of all its rows."""
 
 
@@ -98,7 +104,7 @@ def shard(config: ExperimentConfig) -> ShardSummary:
     )
 
 
-def _is_there(root: zarr.Group, samples: SliceSamples, identity: str) -> bool:
+def _is_there(root: zarr.Group, samples: Samples, identity: str) -> bool:
     group = root.get(f"samples/{samples.name}")
     if group is None:
         return False
@@ -110,27 +116,33 @@ def _is_there(root: zarr.Group, samples: SliceSamples, identity: str) -> bool:
     return True
 
 
-def _plan(cases: list[VolumeAttrs], samples: SliceSamples) -> list[SlicePlan]:
+def _plan(cases: list[VolumeAttrs], samples: Samples) -> list[Plan]:
     """All samples in the order of their rows: by split, case and plane.
 
     So a shard is cut from few cases, and training on one split reads few others. Case ids are
     hashes: neighbours have nothing to do with each other.
     """
     cases = sorted(cases, key=lambda case: (SPLITS.index(case.split), case.case_id))
-    plans = [plan for case in cases for plan in plan_slices(case, samples)]
+    plans = [plan for case in cases for plan in _plan_case(case, samples)]
     if not plans:
         raise InputError(
-            f"none of the store's {len(cases)} cases shows a lung or nodule to cut a slice of: "
-            f"check data.samples, or ingest other cases"
+            f"none of the store's {len(cases)} cases shows a lung or nodule to cut {samples.kind} "
+            "of: check data.samples, or ingest other cases"
         )
     return plans
+
+
+def _plan_case(case: VolumeAttrs, samples: Samples) -> Sequence[Plan]:
+    if isinstance(samples, SliceSamples):
+        return plan_slices(case, samples)
+    return plan_patches(case, samples)
 
 
 def _declare(
     run: StoreRun,
     cases: list[VolumeAttrs],
-    plans: list[SlicePlan],
-    samples: SliceSamples,
+    plans: list[Plan],
+    samples: Samples,
     identity: str,
     parent: str,
 ) -> None:
@@ -150,13 +162,12 @@ def _declare(
         "spacing_mm": samples.spacing_mm,
         "field_of_view_mm": samples.field_of_view_mm,
     }
-    columns: dict[str, list[int] | list[float]] = {
+    columns = {
         "case": [rank[plan.case_id] for plan in plans],
-        "z_mm": [plan.z_mm for plan in plans],
         "nodule": [plan.nodule for plan in plans],
         "split": [split[plan.case_id] for plan in plans],
     }
-    spec = sample_set(len(plans), (samples.size, samples.size))
+    spec = sample_set(len(plans), samples.shape)
 
     def build(root: zarr.Group) -> None:
         group = create_sample_set(root, f"samples/{samples.name}", spec, attributes)
@@ -165,19 +176,23 @@ def _declare(
     run.declare(build, f"{len(plans)} samples planned")
 
 
-def _cut_shard(root: zarr.Group, unit: Shard, samples: SliceSamples) -> None:
+def _cut_shard(root: zarr.Group, unit: Shard, samples: Samples) -> None:
     """Cuts and writes all rows of a shard, which nobody else writes."""
     first_row, plans = unit
     batches = [
-        cut_slices(read_case(root, case_id), list(of_case), samples)
+        _cut_case(read_case(root, case_id), list(of_case), samples)
         for case_id, of_case in groupby(plans, key=lambda plan: plan.case_id)
     ]
-    layout = np.concatenate([batch.layout for batch in batches])
-    arrays = {
-        "hu": np.concatenate([batch.hu for batch in batches]),
-        "layout": layout,
-        "index/box": np.concatenate([batch.box for batch in batches]),
-        "index/ratings": np.concatenate([batch.ratings for batch in batches]),
-        "index/has_nodule": (layout == Label.NODULE).any(axis=(1, 2)).astype(np.uint8),
-    }
+    arrays = {}
+    for name in vars(batches[0]):
+        path = name if name in ("hu", "layout") else f"index/{name}"
+        arrays[path] = np.concatenate([getattr(batch, name) for batch in batches])
+    nodules = (arrays["layout"] == Label.NODULE).reshape(len(plans), -1).any(axis=1)
+    arrays["index/has_nodule"] = nodules.astype(np.uint8)
     write_rows(open_group(root, f"samples/{samples.name}"), first_row, arrays)
+
+
+def _cut_case(case: Case, plans: list[Any], samples: Samples) -> SliceBatch | PatchBatch:
+    if isinstance(samples, SliceSamples):
+        return cut_slices(case, plans, samples)
+    return cut_patches(case, plans, samples)

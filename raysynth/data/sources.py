@@ -101,6 +101,11 @@ def read_case(ref: CaseRef) -> Case:
     Raises:
         UnreadableCase: the case breaks a rule.
     """
+    case = _read_case(ref)
+    return replace(case, source={"kind": ref.source.kind, **case.source})
+
+
+def _read_case(ref: CaseRef) -> Case:
     case = partial(Case, ref.case_id, ref.patient_key, ref.split)
     match ref.source:
         case PhantomSource() as source:

@@ -133,7 +133,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
 
 def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet]:
     """`real`, `synthetic` and the controls that the store has."""
-    name = config.data.samples.name
+    name = config.slices.name
     sets = {
         "real": SampleSet(open_group(root, f"samples/{name}")),
         "synthetic": SampleSet(open_group(root, f"synthetic/{config.name}")),
@@ -300,10 +300,10 @@ def _notices(
     root: zarr.Group, real: SampleSet, patients: dict[str, int], metrics: dict[str, MetricResult]
 ) -> list[str]:
     notices = []
-    formats = {case_attrs(root, case).source.get("format") for case in real.attrs["cases"]}
-    if formats == {"phantom"}:
+    kinds = {case_attrs(root, case).source.get("kind") for case in real.attrs["cases"]}
+    if kinds == {"phantom"}:
         notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
-    elif "phantom" in formats:
+    elif "phantom" in kinds:
         notices.append("some patients are phantoms, the others real: use a store for each")
     if is_indicative(patients["real"]):
         notices.append(f"indicative only: {patients['real']} patients")

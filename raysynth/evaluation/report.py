@@ -60,11 +60,12 @@ def report(config: ExperimentConfig) -> Path:
     path = config.work_dir / "evaluation" / f"{config.name}.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     root = open_root(config.store_url, found["snapshot"])
-    real = SampleSet(open_group(root, f"samples/{config.data.samples.name}"))
+    real = SampleSet(open_group(root, f"samples/{config.slices.name}"))
     synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))
     seconds, losses = _seconds(config), _losses(config)
     frames = _denoising_tiles(config, synthetic)
-    reference = "phantom" if read_facts(config.bundle_path).source == "phantom" else "real"
+    phantoms = read_facts(config.bundle_path).sources == ("phantom",)
+    reference = "phantom" if phantoms else "real"
     page = path.with_suffix(".html")
     write_report(
         ReportData(
@@ -251,7 +252,7 @@ def _seconds(config: ExperimentConfig) -> dict[str, float]:
 def _attribution(config: ExperimentConfig) -> list[str]:
     facts = read_facts(config.bundle_path)
     return [
-        f"Data: {ATTRIBUTION[facts.source]}.",
+        *(f"Data: {ATTRIBUTION[source]}." for source in facts.sources),
         f"Made by raysynth {__version__}; bundle trained on store snapshot {facts.snapshot}.",
     ]
 

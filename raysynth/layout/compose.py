@@ -67,14 +67,30 @@ def square_box(mask: NDArray[np.bool_], margin_px: int = 0, min_side: int = 1) -
     Raises:
         ValueError: the mask is empty.
     """
+    y0, x0, y1, x1 = _equal_sides(mask, margin_px, min_side)
+    return y0, x0, y1, x1
+
+
+def cube_box(mask: NDArray[np.bool_], min_side: int = 1) -> tuple[int, int, int, int, int, int]:
+    """The cube around a mask (z, y, x): half-open voxels (z0, y0, x0, z1, y1, x1).
+
+    As `square_box`, with one axis more.
+    """
+    z0, y0, x0, z1, y1, x1 = _equal_sides(mask, 0, min_side)
+    return z0, y0, x0, z1, y1, x1
+
+
+def _equal_sides(mask: NDArray[np.bool_], margin: int, min_side: int) -> list[int]:
+    """First corner and last corner of the box of equal sides around a mask of any axes."""
     if not mask.any():
         raise ValueError("an empty mask has no box around it")
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    (y0, y1), (x0, x1) = ((int(line[0]), int(line[-1]) + 1) for line in (rows, columns))
-    side = max(y1 - y0, x1 - x0, min_side - 2 * margin_px) + 2 * margin_px
-    top, bottom = _side_within(y0, y1, side, mask.shape[0])
-    left, right = _side_within(x0, x1, side, mask.shape[1])
-    return top, left, bottom, right
+    extents = [(int(hit.min()), int(hit.max()) + 1) for hit in np.nonzero(mask)]
+    side = max(min_side - 2 * margin, *(stop - start for start, stop in extents)) + 2 * margin
+    ranges = [
+        _side_within(start, stop, side, size)
+        for (start, stop), size in zip(extents, mask.shape, strict=True)
+    ]
+    return [start for start, _ in ranges] + [stop for _, stop in ranges]
 
 
 def _side_within(start: int, stop: int, side: int, size: int) -> tuple[int, int]:

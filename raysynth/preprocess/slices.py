@@ -58,12 +58,14 @@ class SliceBatch:
         layout: uint8 labels (n, size, size).
         box: int16 (n, 4), the square around the planned nodule (y0, x0, y1, x1); -1 if none.
         ratings: uint8 (n, MAX_READERS, 9), rows of readers padded with 0.
+        z_mm: float32 (n,), as planned.
     """
 
     hu: NDArray[np.int16]
     layout: NDArray[np.uint8]
     box: NDArray[np.int16]
     ratings: NDArray[np.uint8]
+    z_mm: NDArray[np.float32]
 
 
 def plan_slices(case: VolumeAttrs, samples: SliceSamples) -> list[SlicePlan]:
@@ -107,6 +109,7 @@ def cut_slices(case: Case, plans: Sequence[SlicePlan], samples: SliceSamples) ->
         layout=np.empty((count, size, size), np.uint8),
         box=np.full((count, 4), NO_BOX, np.int16),
         ratings=np.zeros((count, MAX_READERS, len(ATTRIBUTES)), np.uint8),
+        z_mm=np.array([plan.z_mm for plan in plans], np.float32),
     )
     # Crops around different nodules lie in different frames.
     for middle_mm in sorted({plan.middle_mm for plan in plans}):

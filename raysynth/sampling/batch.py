@@ -168,7 +168,7 @@ class _Drawer:
 
 
 def _sample_set(config: ExperimentConfig) -> SampleSet:
-    name = config.data.samples.name
+    name = config.slices.name
     root = open_root(config.store_url)
     return SampleSet(open_group(root, f"samples/{name}"))
 
@@ -188,7 +188,7 @@ def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
         if of_bundle != of_set:
             raise InputError(
                 f"bundle {config.bundle_path} draws {what} {of_bundle}, but sample set "
-                f"{config.data.samples.name} has {of_set}: use the set that it was trained on"
+                f"{config.slices.name} has {of_set}: use the set that it was trained on"
             )
     return bundle_digest(config.bundle_path)
 
@@ -198,7 +198,7 @@ def _fingerprint(config: ExperimentConfig, samples: SampleSet, digest: str) -> s
     return fingerprint(
         {
             "bundle": digest,
-            "samples": [samples.attrs["fingerprint"], config.data.samples.model_dump()],
+            "samples": [samples.attrs["fingerprint"], config.slices.model_dump()],
             "run": config.name,
             "seed": config.seed,
             "sampling": config.sampling.model_dump(include=set(DRAWING)),
@@ -240,7 +240,7 @@ def _attributes(
         "parent_snapshot": main_snapshot(config.store_url),
         "bundle": digest,
         "plan": mark,
-        "source_set": config.data.samples.name,
+        "source_set": config.slices.name,
         "passport": passport,
     }
 

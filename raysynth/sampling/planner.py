@@ -113,14 +113,14 @@ def joint_prior(config: ExperimentConfig, anatomies: list[NDArray[np.uint8]]) ->
             their largest plane or in any.
         anatomies: layouts to lend; a nodule is drawn into them, wholly inside the lung.
     """
-    pixel_mm = config.data.samples.pixel_mm
-    smallest_mm = config.data.samples.min_nodule_mm
+    pixel_mm = config.slices.pixel_mm
+    smallest_mm = config.slices.min_nodule_mm
     records = [record for record in nodule_records() if record.diameter_mm >= smallest_mm]
     if not records:
         raise InputError(
             f"no LIDC nodule measures {smallest_mm:g} mm: lower data.samples.min_nodule_mm"
         )
-    all_planes = config.data.samples.nodule_slices == "all"
+    all_planes = config.slices.nodule_slices == "all"
 
     def draw(rng: np.random.Generator) -> Drawn | None:
         record = records[rng.integers(len(records))]

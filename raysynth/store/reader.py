@@ -207,7 +207,8 @@ class _Columns(Mapping[str, NDArray]):
         # From the schema, not from a listing: a damaged name must not make a column vanish.
         kind = samples.group.path.partition("/")[0]
         specs = {"samples": sample_set, "synthetic": synthetic_run}
-        arrays = specs[kind](1, (1, 1)).arrays if kind in specs else ()
+        axes = 3 if samples.attrs.get("kind") == "patches" else 2
+        arrays = specs[kind](1, (1,) * axes).arrays if kind in specs else ()
         columns = (array.name.partition("index/")[2] for array in arrays)
         self._names = sorted(filter(None, columns))
 

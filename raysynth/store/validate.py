@@ -275,17 +275,16 @@ def _check_index(path: str, group: zarr.Group, item: tuple[int, ...]) -> Iterato
         right = ~((values < low) | (values > high))
         what = f"allowed are {low} to {high}"
         if name == "box":
-            right = _boxes_inside(values, item[-2:])
-            what = f"a box lies within {item[-2:]}, or is all -1"
+            right = _boxes_inside(values, item)
+            what = f"a box lies within {item}, or is all -1"
         if not right.all():
             row = int(np.flatnonzero(~right.reshape(len(right), -1).all(axis=1))[0])
             yield Problem(f"{path}/index/{name}", f"row {row} is {values[row].tolist()}: {what}")
 
 
 def _boxes_inside(box: NDArray[np.int16], size: tuple[int, ...]) -> NDArray[np.bool_]:
-    y0, x0, y1, x1 = box.T
-    height, width = size
-    inside = (y0 >= 0) & (y0 < y1) & (y1 <= height) & (x0 >= 0) & (x0 < x1) & (x1 <= width)
+    start, stop = box[:, : len(size)], box[:, len(size) :]
+    inside = ((start >= 0) & (start < stop) & (stop <= size)).all(axis=1)
     none: NDArray[np.bool_] = (box == -1).all(axis=1)
     return none | inside
 

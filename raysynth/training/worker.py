@@ -107,10 +107,10 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
     Raises:
         InputError: a store, sample set, autoencoder or its latents is missing; says what to run.
     """
-    samples = f"samples/{config.data.samples.name}"
+    samples = f"samples/{config.slices.name}"
     root = open_root(config.store_url)
     attributes = _attributes(root, samples, f"the store has no {samples}: run shard first")
-    for setting, wanted in config.data.samples.settings().items():
+    for setting, wanted in config.slices.settings().items():
         if attributes["settings"][setting] != wanted:
             raise InputError(
                 f"{samples} was cut with {setting} {attributes['settings'][setting]}, the recipe "
@@ -214,7 +214,7 @@ def build_objective(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", config.seed))
         if not isinstance(model, LatentDiffusionConfig):
-            cells = config.data.samples.size // model.downsampling
+            cells = config.slices.size // model.downsampling
             shape = (model.latent_channels, cells, cells)
             autoencoder = build_autoencoder(model)
             if isinstance(autoencoder, VQAutoencoder):
@@ -254,7 +254,7 @@ def _save_bundle(
     attributes: Any = root.attrs.asdict()
     split = attributes.get("ingested", {}).get("split", config.data.split.model_dump())
     cases = [case_attrs(root, case_id) for case_id in samples.attrs["cases"]]
-    phantoms = all(case.source.get("format") == "phantom" for case in cases)
+    sources = {str(case.source["kind"]) for case in cases}
     patients = {case.patient_key for case in cases}
     autoencoder, latent_scale = None, 1.0
     autoencoder_weights, denoiser_weights = outcome.weights, None
@@ -267,9 +267,9 @@ def _save_bundle(
         model=config.model,
         autoencoder=autoencoder,
         latent_scale=latent_scale,
-        samples=config.data.samples,
+        samples=config.slices,
         intensity=samples.attrs["intensity"],
-        source="phantom" if phantoms else "lidc",
+        sources=tuple(sorted(sources)),
         snapshot=plan.files.snapshot,
         split=SplitConfig(**split),
         indicative=is_indicative(len(patients)),

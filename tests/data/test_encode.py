@@ -35,7 +35,7 @@ def latent_config(
         model=model,
         samples=phantom_store.data.samples,
         intensity="hu",
-        source="phantom",
+        sources=("phantom",),
         snapshot="none",
         split=phantom_store.data.split,
         indicative=True,

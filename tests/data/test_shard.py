@@ -8,8 +8,9 @@ from raysynth.config import ExperimentConfig
 from raysynth.data.shard import shard
 from raysynth.errors import InputError
 from raysynth.preprocess.slices import cut_slices, plan_slices
-from raysynth.store.reader import SampleSet, case_attrs, open_group, read_case
+from raysynth.store.reader import SampleSet, case_attrs, case_ids, open_group, read_case
 from raysynth.store.repository import main_snapshot, open_root
+from raysynth.store.validate import validate
 from tests.data.tiny import tiny_config
 
 pytestmark = pytest.mark.ray
@@ -66,3 +67,30 @@ def test_samples_that_nothing_can_be_cut_for_are_refused(phantom_store: Experime
     none = samples | {"name": "none", "min_nodule_mm": 1000.0, "nodule_free_every": 0}
     with pytest.raises(InputError, match="none of the store's 4 cases"):
         shard(tiny_config(phantom_store.work_dir, samples=none))
+
+
+def test_cubes_are_cut_and_indexed_like_slices(phantom_store: ExperimentConfig) -> None:
+    patches = {
+        "kind": "patches",
+        "size": 16,
+        "field_of_view_mm": 64.0,
+        "patches_per_nodule": 2,
+        "random_per_case": 3,
+    }
+    config = tiny_config(phantom_store.work_dir, samples=patches)
+    done = shard(config)
+    root = open_root(config.store_url)
+    samples = SampleSet(open_group(root, "samples/patches"))
+    cases = [case_attrs(root, case_id) for case_id in case_ids(root)]
+    assert done.nodule_samples == 2 * sum(len(case.nodules) for case in cases)
+    assert samples.count == done.nodule_samples + 3 * len(cases)
+    assert samples.shape == (16, 16, 16)
+    layout, index = samples.read("layout"), samples.index
+    for row in np.flatnonzero(index["nodule"] >= 0):
+        z0, y0, x0, z1, y1, x1 = index["box"][row]
+        assert (layout[row, z0:z1, y0:y1, x0:x1] == Label.NODULE).any()
+    np.testing.assert_array_equal(index["has_nodule"], (layout == 5).any(axis=(1, 2, 3)))
+    assert np.isfinite(index["middle_mm"]).all()
+    assert validate(config.store_url, full=True) == []
+    with pytest.raises(InputError, match=r"works on slices, but data\.samples\.kind is patches"):
+        _ = config.slices

@@ -33,7 +33,7 @@ def facts(model, **changes):
         model=model,
         samples=SliceSamples(size=32),
         intensity="hu",
-        source="lidc",
+        sources=("lidc",),
         snapshot="ABC123",
         split=SplitConfig(),
         seen_samples=12_800,

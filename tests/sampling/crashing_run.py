@@ -47,7 +47,7 @@ def make_bundle(config: ExperimentConfig) -> None:
         autoencoder=tiny_config(config.work_dir).model,
         samples=config.data.samples,
         intensity="hu",
-        source="phantom",
+        sources=("phantom",),
         snapshot="none",
         split=config.data.split,
         indicative=True,
