@@ -60,6 +60,8 @@ class LidcSource(Section):
     needs_lung: ClassVar[bool] = True
     kind: Literal["lidc"] = "lidc"
     path: Path
+    nodule_mask: Literal["consensus", "one_reader"] = "consensus"
+    """`one_reader`: what one reader of each nodule drew, picked by a hash."""
     consensus_level: float = Field(0.5, gt=0, le=1)
     """Share of a nodule's readers who must have drawn a voxel for it to count."""
 
@@ -241,6 +243,9 @@ class DataConfig(Section):
 
     source: Source = PhantomSource()
     split: SplitConfig = SplitConfig()
+    split_list: Path | None = None
+    """A table (CSV with the columns patient and split) that decides instead of `split`. Patients go
+    by the DICOM PatientID, for images by the file's name without its ending."""
     samples: Samples = SliceSamples()
     max_quarantined: float = Field(0.5, ge=0, le=1)
     """A larger share of refused cases makes ingest fail (exit code 1)."""

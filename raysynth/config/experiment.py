@@ -82,6 +82,8 @@ class ExperimentConfig(Section):
         if evaluation.inception_weights is not None:
             weights = {"inception_weights": _absolute(evaluation.inception_weights)}
             evaluation = evaluation.model_copy(update=weights)
+        split_list = self.data.split_list and _absolute(self.data.split_list)
+        data = {"source": source, "split_list": split_list}
         store = self.store
         if store is not None and "://" not in store:
             store = str(_absolute(Path(store)))
@@ -89,7 +91,7 @@ class ExperimentConfig(Section):
             update={
                 "work_dir": _absolute(self.work_dir),
                 "store": store,
-                "data": self.data.model_copy(update={"source": source}),
+                "data": self.data.model_copy(update=data),
                 "evaluation": evaluation,
             }
         )
@@ -99,7 +101,7 @@ class ExperimentConfig(Section):
         local: dict[str, Any] = {
             "work_dir": True,
             "store": True,
-            "data": {"source": {"path", "annotations", "lungs", "labels"}},
+            "data": {"source": {"path", "annotations", "lungs", "labels"}, "split_list": True},
             "model": {"autoencoder"},
             "evaluation": {"inception_weights"},
         }

@@ -63,7 +63,11 @@ def ingest(config: ExperimentConfig) -> IngestSummary:
         stored = _stored_cases(run)
         settings = _shared_settings(config)
         _check_settings(config, _root_attributes(run).get("ingested", {}), settings)
-        waiting = _keep_splits([ref for ref in refs if ref.case_id not in stored], stored)
+        waiting = [ref for ref in refs if ref.case_id not in stored]
+        if config.data.split_list is None:
+            waiting = _keep_splits(waiting, stored)
+        else:
+            _check_listed(config, refs, stored)
         units = {ref.case_id: ref for ref in waiting}
         failures = write_units(run, units, _write_case, stage="ingest", noun="cases")
         refusals += failures.values()
@@ -96,6 +100,18 @@ def _stored_cases(run: StoreRun) -> dict[str, VolumeAttrs]:
 
 def _root_attributes(run: StoreRun) -> dict[str, Any]:
     return run.root.attrs.asdict()
+
+
+def _check_listed(
+    config: ExperimentConfig, refs: list[CaseRef], stored: dict[str, VolumeAttrs]
+) -> None:
+    kept = {case.patient_key: case.split for case in stored.values()}
+    moved = {ref.patient_key for ref in refs if kept.get(ref.patient_key, ref.split) != ref.split}
+    if moved:
+        raise InputError(
+            f"data.split_list {config.data.split_list} puts {len(moved)} patients of store "
+            f"{config.store_url} into another split than they are in: use a new store"
+        )
 
 
 def _keep_splits(refs: list[CaseRef], stored: dict[str, VolumeAttrs]) -> list[CaseRef]:
@@ -132,7 +148,8 @@ def _write_case(root: zarr.Group, ref: CaseRef) -> Refusal | None:
 
 def _shared_settings(config: ExperimentConfig) -> dict[str, Any]:
     """What all cases of a store must have been ingested with."""
-    settings: dict[str, Any] = {"split": config.data.split.model_dump()}
+    listed = config.data.split_list is not None
+    settings: dict[str, Any] = {"split": "listed" if listed else config.data.split.model_dump()}
     if not isinstance(config.data.source, PhantomSource):
         # A mark by which the key is known again, and nothing else.
         settings["key"] = pseudonym(load_key(config.key_path), "mark", "")

@@ -33,7 +33,7 @@ from raysynth.formats.luna16 import Finding, anatomy_of, nodule_of, read_annotat
 from raysynth.layout.foreign import nodules_of, translate
 from raysynth.phantom.patient import phantom_case
 from raysynth.seeding import fingerprint, load_key, pseudonym
-from raysynth.store.splits import assign_splits
+from raysynth.store.splits import assign_splits, listed_splits
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def _read_case(ref: CaseRef) -> Case:
             return replace(made, case_id=ref.case_id, patient_key=ref.patient_key)
         case LidcSource() as source:
             volume, tags = read_series(ref.files)
-            nodules = series_nodules(ref.series_uid, volume, source.consensus_level)
+            level = source.consensus_level if source.nodule_mask == "consensus" else None
+            nodules = series_nodules(ref.series_uid, volume, level)
             return case(volume, nodules, source={"format": "dicom", **tags})
         case DicomSource():
             volume, tags = read_series(ref.files)
@@ -158,7 +159,7 @@ def _list_phantoms(source: PhantomSource, config: ExperimentConfig) -> list[Case
     # phantoms the same everywhere. A larger num_patients keeps the names of the first ones.
     family = fingerprint(source.model_dump(mode="json", exclude={"num_patients"}))
     names = [f"phantom-{family[:6]}-{number:04d}" for number in range(source.num_patients)]
-    splits = assign_splits(names, config.data.split)
+    splits = _splits(names, config)
     return [
         CaseRef(name, name, splits[name], source, number=number)
         for number, name in enumerate(names)
@@ -227,6 +228,12 @@ def _list_images(source: ImageSource, config: ExperimentConfig) -> list[CaseRef]
     return _refs(source, config, load_key(config.key_path), found)
 
 
+def _splits(patient_ids: list[str], config: ExperimentConfig) -> dict[str, Split]:
+    if config.data.split_list is not None:
+        return listed_splits(patient_ids, config.data.split_list)
+    return assign_splits(patient_ids, config.data.split)
+
+
 @dataclass(frozen=True)
 class _Found:
     """A case before it gets its pseudonyms."""
@@ -243,7 +250,7 @@ def _refs(
     key: bytes,
     found: Sequence[_Found],
 ) -> list[CaseRef]:
-    splits = assign_splits([one.patient_id for one in found], config.data.split)
+    splits = _splits([one.patient_id for one in found], config)
     refs = [
         CaseRef(
             case_id=pseudonym(key, "series", one.uid),

@@ -32,6 +32,7 @@ from scipy.spatial import cKDTree
 
 from raysynth.case import ATTRIBUTES, MAX_READERS, SCORE_RANGES, Nodule
 from raysynth.errors import InputError, UnreadableCase
+from raysynth.seeding import seed_of
 from raysynth.volume import Triple, Volume
 
 SLICE_PIXELS = 512
@@ -124,14 +125,15 @@ class _Scan:
 
 
 def series_nodules(
-    series_uid: str, volume: Volume, consensus_level: float = 0.5
+    series_uid: str, volume: Volume, consensus_level: float | None = 0.5
 ) -> tuple[Nodule, ...]:
     """The nodules that the LIDC readers outlined in a series, on the grid of its volume.
 
     Args:
         series_uid: SeriesInstanceUID.
         volume: the series as `raysynth.formats.dicom.read_series` gives it.
-        consensus_level: share of a nodule's readers who must have drawn a voxel.
+        consensus_level: share of a nodule's readers who must have drawn a voxel; None: the nodule
+            is what one of them drew, whom a hash of the series and nodule picks.
 
     Returns:
         The nodules from the feet upwards; none if the readers outlined nothing.
@@ -151,8 +153,11 @@ def series_nodules(
         return ()
     first_plane = _first_plane(scan, volume)
     nodules = []
-    for readers in _cluster(scan.annotations, scan.slice_thickness_mm):
-        (k, i, j), mask = _consensus(readers, consensus_level)
+    for number, readers in enumerate(_cluster(scan.annotations, scan.slice_thickness_mm)):
+        if consensus_level is None:
+            (k, i, j), mask = _consensus(_one_reader(readers, series_uid, number), 1.0)
+        else:
+            (k, i, j), mask = _consensus(readers, consensus_level)
         corner = (k + first_plane, i, j)
         stop = np.add(corner, mask.shape)
         if min(corner) < 0 or (stop > volume.shape).any():
@@ -290,6 +295,17 @@ def _consensus(
     box = tuple(slice(low, high) for low, high in zip(start, stop, strict=True))
     k, i, j = (int(value) for value in lowest + start)
     return (k, i, j), mask[box].copy()
+
+
+def _one_reader(readers: Sequence[Annotation], series_uid: str, number: int) -> list[Annotation]:
+    """One of a nodule's readers, if there is one who drew more than a line."""
+    places = range(len(readers))
+    for place in sorted(places, key=lambda place: seed_of("reader", series_uid, number, place)):
+        points = readers[place].points
+        extent = tuple(np.ptp(points, axis=0) + 1)
+        if _drawn(readers[place], points.min(axis=0), extent).any():
+            return [readers[place]]
+    return list(readers)
 
 
 def _drawn(

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from raysynth import __version__
-from raysynth.case import Intensity
+from raysynth.case import Intensity, Split
 from raysynth.config.base import Section
-from raysynth.config.data import SliceSamples, SplitConfig
+from raysynth.config.data import SliceSamples
 from raysynth.config.model import (
     AutoencoderKLConfig,
     LatentDiffusionConfig,
@@ -65,7 +65,8 @@ class BundleFacts(Section):
     """Kinds of `data.source` that the training cases came from."""
     snapshot: str
     """Store snapshot of the training samples."""
-    split: SplitConfig
+    patients: dict[Split, int]
+    """Patients of the samples, by split."""
     indicative: bool
     """Too few patients for metrics that mean anything."""
     seen_samples: int = Field(ge=0)
@@ -121,6 +122,7 @@ def model_card(facts: BundleFacts, name: str) -> str:
     )
     metrics = "".join(f"| `{key}` | {value:.6g} |\n" for key, value in facts.metrics.items())
     table = f"| metric | value |\n|---|---|\n{metrics}" if metrics else "None released.\n"
+    patients = ", ".join(f"{count} {split}" for split, count in facts.patients.items())
     attributions = "\n".join(f"- {ATTRIBUTION[source]}." for source in facts.sources)
     versions = ", ".join(f"{library} {text}" for library, text in facts.versions.items())
     return f"""# {name}
@@ -139,8 +141,7 @@ must stay marked as synthetic, and must not be used for diagnosis.**
 ## Data
 
 {attributions}
-- Store snapshot `{facts.snapshot}`; split by patient: {facts.split.val:.0%} validation,
-  {facts.split.test:.0%} test, the rest for training.
+- Store snapshot `{facts.snapshot}`. Patients: {patients}.
 
 ## Training
 

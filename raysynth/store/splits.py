@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import csv
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import get_args
 
 from raysynth.case import Split
 from raysynth.config.data import SplitConfig
+from raysynth.errors import InputError
 from raysynth.seeding import SPLIT_SALT, unit_interval
 
 FEW_PATIENTS = 10
@@ -35,6 +39,47 @@ def assign_splits(patient_ids: Iterable[str], split: SplitConfig) -> dict[str, S
     if "train" not in splits.values():
         splits[ordered[-1]] = "train"
     return splits
+
+
+def read_splits(path: Path) -> Mapping[str, Split]:
+    """The split of every patient that a table names.
+
+    Raises:
+        InputError: no such table, or one that does not say which.
+    """
+    splits: dict[str, Split] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"patient", "split"} <= set(rows.fieldnames or ()):
+                raise InputError(f"data.split_list {path}: give the columns patient and split")
+            for row in rows:
+                where = f"data.split_list {path}, line {rows.line_num}"
+                patient, named = row["patient"], row["split"]
+                known = [split for split in get_args(Split) if split == named]
+                if not patient or not known:
+                    raise InputError(f"{where}: give a patient, and train, val or test")
+                if splits.setdefault(patient, known[0]) != known[0]:
+                    raise InputError(f"{where}: the same patient is in two splits")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"data.split_list {path} cannot be read: {error}") from error
+    return splits
+
+
+def listed_splits(patient_ids: Iterable[str], path: Path) -> dict[str, Split]:
+    """The split of every patient, as a table says.
+
+    Raises:
+        InputError: it cannot be read, or does not name them all.
+    """
+    patients, listed = set(patient_ids), read_splits(path)
+    unnamed = len(patients - listed.keys())
+    if unnamed:  # whoever they are, a log is not the place to say so
+        raise InputError(
+            f"data.split_list {path} does not name {unnamed} of {len(patients)} patients: give "
+            "each a line, by the DICOM PatientID or the file's name without its ending"
+        )
+    return {patient: listed[patient] for patient in sorted(patients)}
 
 
 def split_at(place: float, split: SplitConfig) -> Split:

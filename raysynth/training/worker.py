@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from raysynth.config import ExperimentConfig, LatentDiffusionConfig, SplitConfig
+from raysynth.config import ExperimentConfig, LatentDiffusionConfig
 from raysynth.data.encode import latents_path
 from raysynth.data.stream import SampleStream
 from raysynth.errors import InputError
@@ -251,11 +252,10 @@ def _save_bundle(
 ) -> str:
     """Writes the averaged weights with all that is known of them; returns the digest."""
     root = open_root(config.store_url, plan.files.snapshot)
-    attributes: Any = root.attrs.asdict()
-    split = attributes.get("ingested", {}).get("split", config.data.split.model_dump())
     cases = [case_attrs(root, case_id) for case_id in samples.attrs["cases"]]
     sources = {str(case.source["kind"]) for case in cases}
-    patients = {case.patient_key for case in cases}
+    splits = {case.patient_key: case.split for case in cases}
+    patients = Counter(splits.values())
     autoencoder, latent_scale = None, 1.0
     autoencoder_weights, denoiser_weights = outcome.weights, None
     if isinstance(objective, LatentDiffusionObjective):
@@ -271,8 +271,8 @@ def _save_bundle(
         intensity=samples.attrs["intensity"],
         sources=tuple(sorted(sources)),
         snapshot=plan.files.snapshot,
-        split=SplitConfig(**split),
-        indicative=is_indicative(len(patients)),
+        patients=dict(sorted(patients.items())),
+        indicative=is_indicative(len(splits)),
         seen_samples=outcome.now.seen_samples,
     )
     return save_bundle(config.bundle_path, facts, autoencoder_weights, denoiser_weights)

@@ -18,7 +18,7 @@ BAD = {
     "unknown key in a union": (
         MINIMAL,
         ["data.source={kind: lidc, path: x, level: 1}"],
-        "unknown key data.source.level; valid keys there: kind, path, consensus_level",
+        "unknown key data.source.level; valid keys there: kind, path, nodule_mask, consensus_level",
     ),
     "union without its tag": (MINIMAL, ["data.source={path: x}"], "data.source: say which one by"),
     "unknown family": ("model: {family: gan}", [], "'autoencoder_kl', 'vqvae'"),

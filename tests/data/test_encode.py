@@ -37,7 +37,7 @@ def latent_config(
         intensity="hu",
         sources=("phantom",),
         snapshot="none",
-        split=phantom_store.data.split,
+        patients={"train": 3, "val": 0, "test": 1},
         indicative=True,
         seen_samples=0,
     )

@@ -61,6 +61,21 @@ def test_settings_that_stored_cases_share_cannot_change(tmp_path: Path, local_ra
         ingest(tiny_config(tmp_path, source=source, split={"test": 0.3}))
 
 
+def test_a_list_of_splits_holds_from_the_first_case_on(tmp_path: Path, local_ray: None) -> None:
+    source, table = {**TINY_SOURCE, "num_patients": 2}, tmp_path / "splits.csv"
+    ids = [ref.case_id for ref in list_cases(tiny_config(tmp_path, source=source))[0]]
+    table.write_text(f"patient,split\n{ids[0]},val\n{ids[1]},train\n")
+    listed = tiny_config(tmp_path, source=source, split_list=table)
+    ingest(listed)
+    root = open_root(listed.store_url)
+    assert [reader.case_attrs(root, name).split for name in ids] == ["val", "train"]
+    table.write_text(f"patient,split\n{ids[0]},val\n{ids[1]},test\n")
+    with pytest.raises(InputError, match=r"puts 1 patients of store .* into another split"):
+        ingest(listed)
+    with pytest.raises(InputError, match="was ingested with split listed"):
+        ingest(tiny_config(tmp_path, source=source))
+
+
 def test_a_recipe_nobody_can_fulfil_is_not_the_cases_fault(tmp_path: Path, local_ray: None) -> None:
     with pytest.raises(InputError, match="no LIDC nodule measures 60 mm"):
         ingest(tiny_config(tmp_path, source={**TINY_SOURCE, "min_diameter_mm": 60}))

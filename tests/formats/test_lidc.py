@@ -91,6 +91,21 @@ def test_higher_consensus_gives_smaller_masks(lidc_dicom: Path) -> None:
     assert (np.array(voxels) > 0).all()
 
 
+def test_one_reader_draws_within_what_any_reader_drew() -> None:
+    anybody = series_nodules(SERIES_0013, grid_0013(), 1e-6)
+    agreed = series_nodules(SERIES_0013, grid_0013(), 1.0)
+    alone = series_nodules(SERIES_0013, grid_0013(), None)
+    sizes = [[int(nodule.mask.sum()) for nodule in each] for each in (agreed, alone, anybody)]
+    assert (np.diff(sizes, axis=0) >= 0).all()
+    assert sizes[0] != sizes[1] != sizes[2]
+    for one, whole in zip(alone, anybody, strict=True):
+        held = np.argwhere(one.mask) + one.corner_zyx - whole.corner_zyx
+        assert whole.mask[tuple(held.T)].all()
+        assert one.ratings == whole.ratings
+    again = series_nodules(SERIES_0013, grid_0013(), None)
+    assert all(np.array_equal(a.mask, b.mask) for a, b in zip(alone, again, strict=True))
+
+
 def grid_0013(**changes: object) -> Volume:
     """A volume on the grid of LIDC-IDRI-0013, without its pixels."""
     grid = {

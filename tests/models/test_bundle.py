@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from raysynth.config.data import SliceSamples, SplitConfig
+from raysynth.config.data import SliceSamples
 from raysynth.config.model import AutoencoderKLConfig, LatentDiffusionConfig, VQVAEConfig
 from raysynth.errors import InputError
 from raysynth.models.autoencoder import build_autoencoder
@@ -35,7 +35,7 @@ def facts(model, **changes):
         intensity="hu",
         sources=("lidc",),
         snapshot="ABC123",
-        split=SplitConfig(),
+        patients={"train": 20, "val": 3, "test": 4},
         seen_samples=12_800,
         **{"indicative": False} | changes,
     )

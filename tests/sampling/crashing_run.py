@@ -49,7 +49,7 @@ def make_bundle(config: ExperimentConfig) -> None:
         intensity="hu",
         sources=("phantom",),
         snapshot="none",
-        split=config.data.split,
+        patients={"train": 3, "val": 0, "test": 1},
         indicative=True,
         seen_samples=0,
     )

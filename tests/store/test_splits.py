@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from raysynth.config.data import SplitConfig
-from raysynth.store.splits import assign_splits, is_indicative
+from raysynth.errors import InputError
+from raysynth.store.splits import assign_splits, is_indicative, listed_splits
 
 PATIENTS = [f"LIDC-IDRI-{number:04d}" for number in range(1, 1011)]
 
@@ -48,3 +51,30 @@ def test_one_patient_alone_trains() -> None:
 def test_under_ten_patients_is_indicative() -> None:
     assert is_indicative(9)
     assert not is_indicative(10)
+
+
+def test_a_table_decides_for_everybody(tmp_path: Path) -> None:
+    table = tmp_path / "splits.csv"
+    table.write_text("patient,split,note\nb,test,\na,train,old\nc,val,\nd,train,\na,train,again\n")
+    assert listed_splits(["a", "b", "c", "b"], table) == {"a": "train", "b": "test", "c": "val"}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("who,split\na,train\n", "give the columns patient and split"),
+        ("patient,split\na,training\n", "line 2: give a patient, and train, val or test"),
+        ("patient,split\n,train\n", "line 2: give a patient"),
+        ("patient,split\na,train\na,test\n", "line 3: the same patient is in two splits"),
+        ("patient,split\nsecret,train\n", "does not name 1 of 2 patients"),
+        ("", "give the columns patient and split"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_table_that_does_not_say_is_refused(text: str | None, why: str, tmp_path: Path) -> None:
+    table = tmp_path / "splits.csv"
+    if text is not None:
+        table.write_text(text)
+    with pytest.raises(InputError, match=why) as refused:
+        listed_splits(["secret", "hidden"], table)
+    assert "hidden" not in str(refused.value)
