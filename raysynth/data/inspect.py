@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from raysynth.data.statistics import HU_EDGES, StoreStatistics, statistics
+from raysynth.data.statistics import (
+    HU_EDGES,
+    SIZE_EDGES_MM,
+    TEXTURES,
+    StoreStatistics,
+    statistics,
+)
 from raysynth.errors import RaysynthError
 from raysynth.report.html import StorePage, Tile, write_store_page
 from raysynth.store.reader import SampleSet, case_attrs, case_ids, read_case
@@ -82,6 +88,7 @@ def _page(
         "quarantined": f"{counted.quarantined}",
         "stored": f"{counted.stored_bytes / 2**20:.0f} MiB",
         **{path: f"{count:,}" for path, count in counted.samples.items()},
+        **{f"{path}: scale": f"{scale:.3f}" for path, scale in _latent_scales(root).items()},
     }
     return StorePage(
         title=f"Store {Path(url).name}",
@@ -89,8 +96,34 @@ def _page(
         facts=facts,
         galleries=galleries,
         hu_edges=HU_EDGES,
-        hu_counts=volumes.histogram,
+        hu_counts=volumes.histograms,
+        spacing_mm=volumes.spacing_mm,
+        diameter_mm=volumes.diameter_mm,
+        strata=_strata_rows(volumes),
     )
+
+
+def _latent_scales(root: zarr.Group) -> dict[str, float]:
+    return {
+        path: float(group.attrs["latent_scale"])  # type: ignore[arg-type]
+        for path, group in sample_groups(root)
+        if "latent_scale" in group.attrs
+    }
+
+
+def _strata_rows(volumes: StoreStatistics) -> list[list[str]]:
+    """Nodules by size and texture: a heading, and one row a class, each cell split by split."""
+    if not len(volumes.diameter_mm):
+        return []
+    edges = [*SIZE_EDGES_MM[1:], None]
+    sizes = [
+        f"below {high:g} mm" if not low else f"{low:g} to {high:g} mm" if high else f"{low:g} mm up"
+        for low, high in zip(SIZE_EDGES_MM, edges, strict=True)
+    ]
+    rows = [["diameter", *TEXTURES]]
+    for size, counts in zip(sizes, volumes.strata.transpose(1, 2, 0), strict=True):
+        rows.append([size, *(" / ".join(map(str, cell)) for cell in counts.tolist())])
+    return rows
 
 
 def _volume_tiles(root: zarr.Group) -> list[Tile]:

@@ -1,8 +1,8 @@
-"""What intensities a store's volumes hold, counted by dask in blocks of planes."""
+"""What a store's volumes hold: intensities, counted by dask in blocks of planes, and nodules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -12,13 +12,22 @@ import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.store.reader import case_ids, open_group
+from raysynth.case import ATTRIBUTES, SCORE_RANGES, Nodule
+from raysynth.store.reader import VolumeAttrs, case_attrs, case_ids, open_group
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.shards import ShardedArray
-from storage_schema.v1 import LABELS
+from storage_schema.v1 import LABELS, SPLITS
 
 HU_EDGES = np.arange(-1200, 3001, 50)
 """Bounds of the histogram's bins; what lies outside counts in the outermost ones."""
+
+MAX_SCORE = max(high for _, high in SCORE_RANGES.values())
+
+SIZE_EDGES_MM = (0.0, 6.0, 8.0, 15.0)
+"""Lower bounds of the size classes; 5 % of LIDC's nodules reach 26 mm."""
+
+TEXTURES = ("not rated", "non-solid", "part-solid", "solid")
+"""Classes of the readers' median texture score: 0, below 2, below 4, up to 5."""
 
 Slab = tuple[str, int, int]
 """Case, first plane and the one after the last."""
@@ -30,23 +39,85 @@ class StoreStatistics:
 
     Attributes:
         snapshot: what was looked at.
-        histogram: voxels in each bin of `HU_EDGES`.
-        voxels: by label name, where there are any.
+        histograms: by label name, where there are voxels: how many in each bin of `HU_EDGES`.
         mean_hu: by label name.
+        spacing_mm: voxel size (z, y, x) of every case, (cases, 3).
+        diameter_mm: of every nodule, (nodules,).
+        joint_ratings: rows of readers by the scores they gave: entry (a, b, i, j) counts those with
+            score i of attribute a and score j of attribute b, (9, 9, 7, 7); 0 = not rated.
+        strata: nodules by (split, size, texture), as `SPLITS`, `SIZE_EDGES_MM` and `TEXTURES`.
     """
 
     snapshot: str
-    histogram: NDArray[np.int64]
-    voxels: dict[str, int]
+    histograms: dict[str, NDArray[np.int64]]
     mean_hu: dict[str, float]
+    spacing_mm: NDArray[np.float64]
+    diameter_mm: NDArray[np.float64]
+    joint_ratings: NDArray[np.int64]
+    strata: NDArray[np.int64]
+
+    @property
+    def histogram(self) -> NDArray[np.int64]:
+        """Voxels of all labels in each bin of `HU_EDGES`."""
+        return sum(self.histograms.values(), np.zeros(len(HU_EDGES) - 1, np.int64))
 
 
 def statistics(url: str) -> StoreStatistics:
     """Counts every voxel of a store, on the Ray cluster if there is one, else in threads."""
     snapshot = main_snapshot(url)
     slabs = _slabs(url, snapshot)
+    table = _count_voxels(url, snapshot, slabs)
+    sums = table[:, -1]
+    counts = {name: table[label, :-1] for label, name in LABELS.items() if table[label, :-1].any()}
+    means = {
+        name: float(sums[label] / counts[name].sum())
+        for label, name in LABELS.items()
+        if name in counts
+    }
+    root = open_root(url, snapshot)
+    cases = [case_attrs(root, case_id) for case_id in case_ids(root)]
+    nodules = [(case, nodule) for case in cases for nodule in case.nodules]
+    readers = [row for _, nodule in nodules for row in nodule.ratings]
+    return StoreStatistics(
+        snapshot,
+        counts,
+        means,
+        np.array([case.spacing_mm for case in cases], np.float64).reshape(-1, 3),
+        np.array([nodule.diameter_mm for _, nodule in nodules], np.float64),
+        joint_ratings(np.array(readers, np.int64).reshape(-1, len(ATTRIBUTES))),
+        _strata(nodules),
+    )
+
+
+def joint_ratings(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each pair of scores was given together, by pair of attributes.
+
+    Args:
+        rows: scores of one reader each, (n, attributes), 0 to `MAX_SCORE`.
+
+    Returns:
+        Counts (attributes, attributes, MAX_SCORE + 1, MAX_SCORE + 1).
+    """
+    given = (rows[:, :, None] == np.arange(MAX_SCORE + 1)).astype(np.int64)
+    table: NDArray[np.int64] = np.einsum("nai,nbj->abij", given, given)
+    return table
+
+
+def _strata(nodules: Sequence[tuple[VolumeAttrs, Nodule]]) -> NDArray[np.int64]:
+    table = np.zeros((len(SPLITS), len(SIZE_EDGES_MM), len(TEXTURES)), np.int64)
+    for case, nodule in nodules:
+        size = int(np.digitize(nodule.diameter_mm, SIZE_EDGES_MM)) - 1
+        scores = [row[ATTRIBUTES.index("texture")] for row in nodule.ratings]
+        rated = [score for score in scores if score]
+        texture = int(np.digitize(np.median(rated), (0, 2, 4))) if rated else 0
+        table[SPLITS.index(case.split), size, texture] += 1
+    return table
+
+
+def _count_voxels(url: str, snapshot: str, slabs: list[Slab]) -> NDArray[np.int64]:
+    """By label: voxels in each bin and, last, the sum of their HU."""
     if not slabs:
-        return StoreStatistics(snapshot, np.zeros(len(HU_EDGES) - 1, np.int64), {}, {})
+        return np.zeros((max(LABELS) + 1, len(HU_EDGES)), np.int64)
     # dask's Ray scheduler fails on da.from_zarr, so every block opens the store itself.
     blocks = da.arange(len(slabs), chunks=1).map_blocks(
         partial(_count, url=url, snapshot=snapshot, slabs=slabs),
@@ -54,15 +125,8 @@ def statistics(url: str) -> StoreStatistics:
         new_axis=[1, 2],
         chunks=((1,) * len(slabs), max(LABELS) + 1, len(HU_EDGES)),
     )
-    table = blocks.sum(axis=0).compute(scheduler=_scheduler())
-    per_label, sums = table[:, :-1].sum(axis=1), table[:, -1]
-    seen = {name: label for label, name in LABELS.items() if per_label[label]}
-    return StoreStatistics(
-        snapshot,
-        table[:, :-1].sum(axis=0),
-        {name: int(per_label[label]) for name, label in seen.items()},
-        {name: float(sums[label] / per_label[label]) for name, label in seen.items()},
-    )
+    table: NDArray[np.int64] = blocks.sum(axis=0).compute(scheduler=_scheduler())
+    return table
 
 
 def _slabs(url: str, snapshot: str) -> list[Slab]:

@@ -85,11 +85,29 @@ def metric_chart(
     return _svg(figure)
 
 
-def histogram_chart(edges: NDArray[np.int64], counts: NDArray[np.int64]) -> str:
-    """Share of voxels by HU, on a logarithmic axis."""
-    figure, (panel,) = _figure(1, width=7.2)
-    panel.stairs(counts / max(1, counts.sum()), edges, fill=True, color=REAL)
-    panel.set(xlabel="HU", ylabel="share of voxels", yscale="log")
+def histogram_chart(edges: NDArray[np.int64], counts: dict[str, NDArray[np.int64]]) -> str:
+    """Share of each tissue's voxels by HU, on a logarithmic axis."""
+    figure, (panel,) = _figure(1, width=7.2, height=3.0)
+    for tissue, voxels in counts.items():
+        panel.stairs(voxels / voxels.sum(), edges, label=tissue, linewidth=1.4)
+    panel.set(xlabel="HU", ylabel="share of the tissue's voxels", yscale="log")
+    if counts:
+        panel.legend(frameon=False, fontsize=7, ncols=2)
+    return _svg(figure)
+
+
+def geometry_chart(spacing_mm: NDArray[np.float64], diameter_mm: NDArray[np.float64]) -> str:
+    """Voxel sizes of the cases, and diameters of their nodules."""
+    figure, (voxels, nodules) = _figure(2, width=3.6)
+    voxels.scatter(spacing_mm[:, 2], spacing_mm[:, 0], s=12, color=REAL, alpha=0.6, linewidths=0)
+    voxels.set(xlabel="in the plane, mm", ylabel="between planes, mm", xlim=(0, None))
+    voxels.set_ylim(0, None)
+    _title(voxels, "voxel size of the cases")
+    nodules.hist(
+        diameter_mm, bins=np.arange(0, 2 + max([30, *diameter_mm]), 2).tolist(), color=REAL
+    )
+    nodules.set(xlabel="diameter, mm", ylabel="nodules")
+    _title(nodules, "nodules")
     return _svg(figure)
 
 

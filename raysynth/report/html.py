@@ -73,14 +73,25 @@ class ReportData:
 
 @dataclass(frozen=True)
 class StorePage:
-    """What `raysynth inspect` shows of a store; `galleries` by heading."""
+    """What `raysynth inspect` shows of a store.
+
+    Attributes:
+        galleries: by heading.
+        hu_counts: voxels by tissue, in bins of `hu_edges`.
+        spacing_mm: (cases, 3).
+        diameter_mm: (nodules,).
+        strata: a table's heading and rows; none without nodules.
+    """
 
     title: str
     problems: Sequence[str]
     facts: dict[str, str]
     galleries: dict[str, Sequence[Tile]]
     hu_edges: NDArray[np.int64]
-    hu_counts: NDArray[np.int64]
+    hu_counts: dict[str, NDArray[np.int64]]
+    spacing_mm: NDArray[np.float64]
+    diameter_mm: NDArray[np.float64]
+    strata: Sequence[Sequence[str]]
 
 
 def write_report(data: ReportData, path: Path) -> None:
@@ -115,6 +126,7 @@ def write_store_page(data: StorePage, path: Path) -> None:
         data=data,
         groups={name: [_tile(tile) for tile in tiles] for name, tiles in data.galleries.items()},
         histogram=charts.histogram_chart(data.hu_edges, data.hu_counts),
+        geometry=charts.geometry_chart(data.spacing_mm, data.diameter_mm),
     )
 
 
