@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -69,7 +72,10 @@ def test_samples_that_nothing_can_be_cut_for_are_refused(phantom_store: Experime
         shard(tiny_config(phantom_store.work_dir, samples=none))
 
 
-def test_cubes_are_cut_and_indexed_like_slices(phantom_store: ExperimentConfig) -> None:
+def test_cubes_are_cut_and_indexed_like_slices(
+    phantom_store: ExperimentConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(phantom_store.store_url, tmp_path / "store")
     patches = {
         "kind": "patches",
         "size": 16,
@@ -77,7 +83,7 @@ def test_cubes_are_cut_and_indexed_like_slices(phantom_store: ExperimentConfig) 
         "patches_per_nodule": 2,
         "random_per_case": 3,
     }
-    config = tiny_config(phantom_store.work_dir, samples=patches)
+    config = tiny_config(tmp_path, samples=patches)
     done = shard(config)
     root = open_root(config.store_url)
     samples = SampleSet(open_group(root, "samples/patches"))
