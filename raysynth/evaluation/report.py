@@ -19,7 +19,7 @@ from raysynth.config import ExperimentConfig, LatentDiffusionConfig
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION
 from raysynth.progress import stage_seconds
-from raysynth.report.html import Losses, MetricRow, ReportData, Tile, write_report
+from raysynth.report.html import Estimate, Losses, MetricRow, ReportData, Tile, write_report
 from raysynth.sampling.draw import SliceSampler
 from raysynth.sampling.planner import PlannedSample
 from raysynth.seeding import seed_of
@@ -77,7 +77,7 @@ def report(config: ExperimentConfig) -> Path:
             real=_real_tiles(real),
             synthetic=_synthetic_tiles(synthetic),
             denoising=frames,
-            metrics=[_metric_row(key, result) for key, result in found["metrics"].items()],
+            metrics=[metric_row(key, result) for key, result in found["metrics"].items()],
             shown_metrics=SHOWN_METRICS,
             adherence={
                 text.format(reference): _share(found["adherence"], name)
@@ -198,14 +198,14 @@ def _denoising_tiles(config: ExperimentConfig, synthetic: SampleSet) -> list[Til
     ]
 
 
-def _metric_row(key: str, result: dict[str, Any]) -> MetricRow:
-    def entry(name: str) -> tuple[float, float, float] | None:
-        value = result[name]
-        interval = result["interval" if name == "value" else f"{name}_interval"]
-        return None if value is None else (value, *interval)
+def metric_row(key: str, result: dict[str, Any]) -> MetricRow:
+    """One metric as it stands in the evaluation's JSON, for the report."""
 
-    value = entry("value")
-    assert value is not None
+    def entry(name: str) -> Estimate | None:
+        value, interval = result[name], result[f"{name}_interval"]
+        return None if value is None else (value, interval and tuple(interval))
+
+    value = (result["value"], tuple(result["interval"]))
     return MetricRow(key, value, entry("floor"), entry("untrained"), entry("shuffled"))
 
 

@@ -64,22 +64,24 @@ def coverage_chart(
 
 
 def metric_chart(
-    title: str, entries: Sequence[tuple[str, float, tuple[float, float], bool]]
+    title: str, entries: Sequence[tuple[str, float, tuple[float, float] | None, bool]]
 ) -> str:
     """One metric of several sets as points with intervals; lower is better.
 
     Args:
         title: the metric's key.
-        entries: (name, value, interval, is the judged set).
+        entries: (name, value, interval if there is one, is the judged set).
     """
     figure, (panel,) = _figure(1, width=3.6, height=0.7 + 0.32 * len(entries))
-    for row, (_, value, (low, high), judged) in enumerate(entries):
+    for row, (_, value, interval, judged) in enumerate(entries):
         color = SYNTHETIC if judged else CONTROL
-        panel.plot([low, high], [row, row], color=color, linewidth=3, alpha=0.5)
+        if interval is not None:
+            panel.plot(interval, [row, row], color=color, linewidth=3, alpha=0.5)
         panel.plot(value, row, "o", color=color, markersize=6)
     panel.set_yticks(range(len(entries)), [name for name, *_ in entries])
     panel.set_ylim(len(entries) - 0.5, -0.5)
-    panel.set_xlim(left=min(0.0, *(low for _, _, (low, _), _ in entries)))
+    lowest = [value if interval is None else interval[0] for _, value, interval, _ in entries]
+    panel.set_xlim(left=min(0.0, *lowest))
     metric, _, place = title.partition("/")
     _title(panel, f"{metric}\n{place}")
     return _svg(figure)

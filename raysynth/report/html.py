@@ -27,18 +27,19 @@ class Tile:
     caption: str = ""
 
 
+Estimate = tuple[float, tuple[float, float] | None]
+"""A value and its interval, if there are patients enough for one."""
+
+
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric beside its floor and its controls; `None` where there was none.
-
-    Every entry is (value, low, high).
-    """
+    """One metric beside its floor and its controls; `None` where there was none."""
 
     key: str
-    value: tuple[float, float, float]
-    floor: tuple[float, float, float] | None = None
-    untrained: tuple[float, float, float] | None = None
-    shuffled: tuple[float, float, float] | None = None
+    value: Estimate
+    floor: Estimate | None = None
+    untrained: Estimate | None = None
+    shuffled: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -167,17 +168,16 @@ def _metric_chart(row: MetricRow) -> str:
     }
     return charts.metric_chart(
         row.key,
-        [
-            (name, entry[0], (entry[1], entry[2]), name == "synthetic")
-            for name, entry in sets.items()
-            if entry is not None
-        ],
+        [(name, *entry, name == "synthetic") for name, entry in sets.items() if entry is not None],
     )
 
 
 def _row(row: MetricRow) -> dict[str, str]:
-    def text(entry: tuple[float, float, float] | None) -> str:
-        return "-" if entry is None else "{:.4g} [{:.4g}, {:.4g}]".format(*entry)
+    def text(entry: Estimate | None) -> str:
+        if entry is None:
+            return "-"
+        value, interval = entry
+        return f"{value:.4g} " + ("(no interval)" if interval is None else _range(interval))
 
     return {
         "key": row.key,
@@ -186,3 +186,7 @@ def _row(row: MetricRow) -> dict[str, str]:
         "untrained": text(row.untrained),
         "shuffled": text(row.shuffled),
     }
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return "[{:.4g}, {:.4g}]".format(*interval)

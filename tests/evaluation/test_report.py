@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 
-from raysynth.evaluation.report import limits
+from raysynth.evaluation.judge import MetricResult
+from raysynth.evaluation.report import limits, metric_row
+from raysynth.report.html import MetricRow
 
 SIZES = {"n": 3, "median_absolute_error_mm": 1.25}
 
@@ -36,6 +40,26 @@ def test_only_floors_that_are_known_are_counted() -> None:
     assert limits(found(metrics), (80.0, 60.0), [], {})["metrics"].startswith("1 of 2 distances")
     nothing = {"one patient": metrics["one patient"], "two patients": metrics["two patients"]}
     assert "nothing is known" in limits(found(nothing), (80.0, 60.0), [], {})["metrics"]
+
+
+def test_a_row_has_what_is_known_of_few_patients() -> None:
+    few = MetricResult(
+        value=3.0,
+        interval=(2.0, 4.0),
+        n=8,
+        dim=4,
+        floor=1.0,
+        floor_interval=None,
+        untrained=9.0,
+        untrained_interval=(8.0, 10.0),
+        shuffled=None,
+        shuffled_interval=None,
+        disjoint={"untrained": True},
+        resampled="samples",
+        reference_patients=2,
+    )
+    row = metric_row("fid", json.loads(json.dumps(asdict(few))))
+    assert row == MetricRow("fid", (3.0, (2.0, 4.0)), (1.0, None), (9.0, (8.0, 10.0)), None)
 
 
 def test_both_curves_are_spoken_of() -> None:

@@ -32,7 +32,10 @@ def _data() -> ReportData:
         real=[_tile("real one")],
         synthetic=[_tile("synthetic one")],
         denoising=[_tile("step 1")],
-        metrics=[MetricRow("fid/slice/all/x@1/8", (2.0, 1.5, 2.5), (1.0, 0.5, 1.5))],
+        metrics=[
+            MetricRow("fid/slice/all/x@1/8", (2.0, (1.5, 2.5)), (1.0, (0.5, 1.5))),
+            MetricRow("fid/slice/lung/x@1/8", (2.25, (1.75, 2.5)), (0.125, None)),
+        ],
         shown_metrics=("fid",),
         adherence={"found": "50 %"},
         requested_mm=np.array([5.0, 10.0]),
@@ -59,6 +62,8 @@ def test_the_page_needs_nothing_from_outside_and_shows_everything(tmp_path: Path
         "synthetic one",
         "step 1",
         "fid/slice/all/x@1/8",
+        "2 [1.5, 2.5]",
+        "0.125 (no interval)",
         "made from nothing",
     ):
         assert text in page
