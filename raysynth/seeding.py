@@ -40,7 +40,9 @@ def pseudonym(key: bytes, kind: str, identifier: str) -> str:
 
     Nobody without `key` can test whether a known identifier is in a store.
     """
-    digest = hmac.new(key, f"{kind}:{identifier}".encode(), hashlib.sha256)
+    # Names of files may be any bytes, which Python keeps as halves of surrogate pairs.
+    text = f"{kind}:{identifier}".encode("utf-8", "surrogateescape")
+    digest = hmac.new(key, text, hashlib.sha256)
     return digest.hexdigest()[:16]
 
 

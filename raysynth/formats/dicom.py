@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from pydicom.config import disable_value_validation
 
 from raysynth.errors import UnreadableCase
+from raysynth.formats.dicom_file import hushed
 from raysynth.formats.dicom_slice import (
     SPACING_RANGE_MM,
     SliceHeader,
@@ -33,6 +33,8 @@ MAX_VOXELS = 1 << 30
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _THREADS = 8
+_PIXELS_AT_ONCE = 1 << 24
+"""That threads decode together, which takes some ten bytes each: no less than the largest slice."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -67,8 +69,7 @@ def find_series(folder: Path) -> tuple[list[Series], list[Refused]]:
     """
     candidates, refused = _dicom_files(folder)
     found: dict[str, dict[Path, str]] = defaultdict(dict)
-    # pydicom warns about odd values, and such a warning quotes them.
-    with disable_value_validation():
+    with hushed():
         outcomes = _in_threads(_try_identify, candidates)
     for path, outcome in zip(candidates, outcomes, strict=True):
         if isinstance(outcome, Refused):
@@ -115,7 +116,7 @@ def read_series(files: Sequence[Path]) -> tuple[Volume, dict[str, str | float]]:
         "slice-count",
         f"{len(files)} slices; a series needs {MIN_SLICES} to {MAX_SLICES}",
     )
-    with disable_value_validation():
+    with hushed():
         headers = _in_threads(read_header, files)
         _check_alike(headers)
         first = headers[0]
@@ -127,7 +128,8 @@ def read_series(files: Sequence[Path]) -> tuple[Volume, dict[str, str | float]]:
         def fill(plane: int) -> None:
             hu[plane] = read_hu(headers[plane])
 
-        _in_threads(fill, range(len(headers)))
+        pixels = first.shape[0] * first.shape[1]
+        _in_threads(fill, range(len(headers)), max(1, min(_THREADS, _PIXELS_AT_ONCE // pixels)))
     row, column = first.orientation
     row_mm, column_mm = (float(value) for value in first.pixel_mm)
     x_mm, y_mm, z_mm = (float(value) for value in first.position)
@@ -194,6 +196,11 @@ def _check_alike(headers: Sequence[SliceHeader]) -> None:
             "the slices belong to several series: read them one by one",
         )
         require(
+            header.frame_uid == first.frame_uid,
+            "mixed-frame",
+            "the slices name several frames of reference: their places cannot be compared",
+        )
+        require(
             header.shape == first.shape,
             "mixed-size",
             f"slices of {first.shape} and of {header.shape} pixels",
@@ -246,6 +253,8 @@ def _check_stack(headers: Sequence[SliceHeader]) -> float:
     return step_mm
 
 
-def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    with ThreadPoolExecutor(_THREADS) as pool:
+def _in_threads(
+    work: Callable[[_Item], _Result], items: Sequence[_Item], threads: int = _THREADS
+) -> list[_Result]:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, items))

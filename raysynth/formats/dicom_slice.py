@@ -6,6 +6,7 @@ before anything is decoded, and messages carry rules and numbers, never text out
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom import uid as uids
-from pydicom.filereader import read_file_meta_info
+from pydicom.encaps import get_frame
+from pydicom.pixels.decoders.base import get_decoder
 
 from raysynth.errors import UnreadableCase
+from raysynth.formats.dicom_file import parse_file
+from raysynth.formats.dicom_file import require as require
 from raysynth.volume import AIR_HU
 
 KEPT_TAGS = (
@@ -34,8 +38,16 @@ PADDING_HU = -2000
 pad with -2048 HU while their PixelPaddingValue names another value, which they do not contain."""
 
 MAX_SIDE = 4096
-MAX_FILE_BYTES = 128 << 20
+MAX_ORIGIN_MM = 1e5
 SPACING_RANGE_MM = (0.05, 20.0)
+
+_PLAIN = (uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian, uids.ExplicitVRBigEndian)
+
+_JPEG2000_START = 0xFF4FFF51
+"""Start of a codestream, and of the part that gives its size."""
+
+_JPEG2000_TILE = b"\xff\x90\x00\x0a"
+"""Start of a tile, or a part of one; it occurs nowhere else."""
 
 _MULTI_FRAME = (uids.EnhancedCTImageStorage, uids.LegacyConvertedEnhancedCTImageStorage)
 
@@ -46,6 +58,7 @@ _HEADER_TAGS = (
     "Modality",
     "ImageType",
     "BurnedInAnnotation",
+    "FrameOfReferenceUID",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
@@ -67,9 +80,7 @@ _HEADER_TAGS = (
 
 # Lossless ones only. Deflated files are left out: opening one inflates all of it, however large.
 _TRANSFER_SYNTAXES = (
-    uids.ImplicitVRLittleEndian,
-    uids.ExplicitVRLittleEndian,
-    uids.ExplicitVRBigEndian,
+    *_PLAIN,
     uids.RLELossless,
     uids.JPEGLossless,
     uids.JPEGLosslessSV1,
@@ -83,6 +94,7 @@ class SliceHeader:
     """What the checked header of one slice says; vectors are in DICOM's (x, y, z) order.
 
     Attributes:
+        frame_uid: of the frame that positions refer to; "" if it is not told.
         shape: rows and columns.
         position: centre of the first pixel, millimetres.
         orientation: unit vectors (2, 3) along a row and along a column.
@@ -94,6 +106,7 @@ class SliceHeader:
 
     path: Path
     series_uid: str
+    frame_uid: str
     transfer_syntax: str
     shape: tuple[int, int]
     position: NDArray[np.float64]
@@ -113,19 +126,13 @@ class SliceHeader:
         return normal if normal[2] >= 0 else -normal
 
 
-def require(holds: bool, rule: str, reason: str) -> None:
-    """Raises UnreadableCase(rule, reason) unless the rule holds."""
-    if not holds:
-        raise UnreadableCase(rule, reason)
-
-
 def identify(path: Path) -> tuple[str, str] | None:
     """Series UID and patient id (may be empty) of an axial CT slice; None for other images.
 
     Raises:
         UnreadableCase: the file is no DICOM, or damaged.
     """
-    tags, _ = _parse(path, _HEADER_TAGS)
+    tags, _ = parse_file(path, _HEADER_TAGS)
     kind = uids.UID(_text(tags, "SOPClassUID"))
     # Only what DICOM knows as another kind may be passed over: a damaged slice may not.
     require(kind.type == "SOP Class", "unknown-kind", "SOPClassUID is missing or names no kind")
@@ -134,7 +141,7 @@ def identify(path: Path) -> tuple[str, str] | None:
         "multi-frame",
         "a multi-frame CT object: export the series as one file a slice",
     )
-    if kind != uids.CTImageStorage or "LOCALIZER" in _text(tags, "ImageType"):
+    if kind != uids.CTImageStorage or _is_scout(tags):
         return None
     series_uid = _text(tags, "SeriesInstanceUID")
     require(bool(series_uid), "missing-tag", "SeriesInstanceUID is missing: is the file cut?")
@@ -147,7 +154,7 @@ def read_header(path: Path) -> SliceHeader:
     Raises:
         UnreadableCase: the slice breaks a rule.
     """
-    tags, transfer_syntax = _parse(path, _HEADER_TAGS)
+    tags, transfer_syntax = parse_file(path, _HEADER_TAGS)
     _check_kind(tags)
     require(
         transfer_syntax in _TRANSFER_SYNTAXES,
@@ -171,9 +178,10 @@ def read_header(path: Path) -> SliceHeader:
     return SliceHeader(
         path=path,
         series_uid=_text(tags, "SeriesInstanceUID"),
+        frame_uid=_text(tags, "FrameOfReferenceUID"),
         transfer_syntax=transfer_syntax,
         shape=shape,
-        position=_numbers(tags, "ImagePositionPatient", 3),
+        position=_position(tags),
         orientation=_orientation(tags),
         pixel_mm=_pixel_mm(tags),
         bits_stored=bits_stored,
@@ -208,15 +216,27 @@ def read_hu(header: SliceHeader) -> NDArray[np.int16]:
 def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
     """Stored values, (y, x), with the bits above BitsStored (once used for overlays) put right."""
     rows, columns = header.shape
-    is_packed = header.transfer_syntax not in _TRANSFER_SYNTAXES[:3]
-    tags, _ = _parse(header.path, (*_HEADER_TAGS, "PixelData") if is_packed else ("PixelData",))
+    # No coding without loss takes so much; of plain pixels, what follows the image is left out.
+    most_bytes = 8 * rows * columns + (1 << 16)
+    tags, _ = parse_file(header.path, ("PixelData",), most_bytes)
     try:
-        if is_packed:
-            pixels = np.asarray(tags.pixel_array)
-        else:
+        data = tags.PixelData
+        is_plain = header.transfer_syntax in _PLAIN
+        require(
+            tags["PixelData"].is_undefined_length != is_plain,
+            "pixel-data",
+            "the pixels are not in the coding that the file names",
+        )
+        if header.transfer_syntax == uids.RLELossless:
+            pixels = _unpack_rle(get_frame(data, 0, number_of_frames=1), rows * columns)
+        elif is_plain:
             order = ">" if header.transfer_syntax == uids.ExplicitVRBigEndian else "<"
-            pixels = np.frombuffer(tags.PixelData, f"{order}u2", rows * columns)
+            pixels = np.frombuffer(data, f"{order}u2", rows * columns)
+        else:
+            pixels = _decode(data, header)
         pixels = pixels.reshape(rows, columns).astype(np.uint16)
+    except UnreadableCase:
+        raise
     except Exception as error:  # a decoder may raise anything
         raise UnreadableCase(
             "pixel-data",
@@ -227,45 +247,86 @@ def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
     return (pixels.view(np.int16) if header.is_signed else pixels) >> spare
 
 
-def _parse(path: Path, names: Sequence[str]) -> tuple[pydicom.Dataset, str]:
-    """The named tags of a file, and its transfer syntax."""
-    try:
-        size = path.stat().st_size
-        require(size <= MAX_FILE_BYTES, "size", f"a file of {size} bytes; at most {MAX_FILE_BYTES}")
-        transfer_syntax = str(read_file_meta_info(path).TransferSyntaxUID)
-        require(
-            transfer_syntax != uids.DeflatedExplicitVRLittleEndian,
-            "transfer-syntax",
-            "a deflated file: convert it to Explicit VR Little Endian",
-        )
-        tags = pydicom.dcmread(
-            path, stop_before_pixels="PixelData" not in names, specific_tags=list(names)
-        )
-    except UnreadableCase:
-        raise
-    except OSError as error:
-        raise UnreadableCase("unreadable", f"a file cannot be read: {error.strerror}") from None
-    except Exception as error:  # pydicom may raise anything; its text could quote the file
-        raise UnreadableCase(
-            "not-dicom", f"a file is damaged or no DICOM ({type(error).__name__})"
-        ) from None
-    return tags, transfer_syntax
+def _decode(data: bytes, header: SliceHeader) -> NDArray[Any]:
+    """Pixels in JPEG's codings, by the checked header: tags may stand behind the pixels again."""
+    rows, columns = header.shape
+    if header.transfer_syntax == uids.JPEG2000Lossless:
+        _check_jpeg2000(get_frame(data, 0, number_of_frames=1), header.shape)
+    options: dict[str, Any] = {
+        "rows": rows,
+        "columns": columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2",
+        "bits_allocated": 16,
+        "bits_stored": header.bits_stored,
+        "pixel_representation": int(header.is_signed),
+        "pixel_keyword": "PixelData",
+    }
+    decoder = get_decoder(uids.UID(header.transfer_syntax))
+    pixels, _ = decoder.as_array(data, index=0, raw=True, **options)
+    return pixels
+
+
+def _check_jpeg2000(codestream: bytes, shape: tuple[int, int]) -> None:
+    """The size that the codestream gives itself: a decoder allocates it before it complains."""
+    start, x1, y1, x0, y0, tile_x, tile_y, *corner, components = struct.unpack_from(
+        ">Q8IH", codestream
+    )
+    require(
+        start >> 32 == _JPEG2000_START and (y1 - y0, x1 - x0) == shape and components == 1,
+        "pixel-data",
+        f"the pixels are no JPEG 2000 codestream of one {shape} image",
+    )
+    # Who decodes leaves out what is not there.
+    tiles = -(-(x1 - corner[0]) // tile_x) * -(-(y1 - corner[1]) // tile_y)
+    parts = codestream.count(_JPEG2000_TILE)
+    require(tiles <= parts, "pixel-data", f"{parts} of {tiles} tiles are there: is the file cut?")
+
+
+def _unpack_rle(frame: bytes, size: int) -> NDArray[np.uint16]:
+    """Pixels (size,) from their packed high and low bytes; no more is unpacked than they need."""
+    count, high, low = struct.unpack_from("<3I", frame)
+    require(count == 2, "pixel-data", f"{count} run-length coded parts; 16-bit pixels have two")
+    pixels = np.empty((size, 2), np.uint8)
+    for place, packed in enumerate((frame[low:], frame[high:low])):
+        pixels[:, place] = np.frombuffer(_unpack_bits(packed, size), np.uint8, size)
+    return pixels.reshape(-1).view("<u2")
+
+
+def _unpack_bits(packed: bytes, size: int) -> bytearray:
+    """The first `size` bytes that the runs stand for; fewer if they end before."""
+    unpacked = bytearray()
+    at = 0
+    while len(unpacked) < size and at < len(packed):
+        count = packed[at]
+        if count < 128:  # so many and one as they are
+            unpacked += packed[at + 1 : at + 2 + count]
+            at += 2 + count
+        else:  # one repeated, and of 128 nothing
+            unpacked += packed[at + 1 : at + 2] * (257 - count) if count > 128 else b""
+            at += 2 if count > 128 else 1
+    return unpacked[:size]
 
 
 def _check_kind(tags: pydicom.Dataset) -> None:
     is_ct = _text(tags, "SOPClassUID") == uids.CTImageStorage and _text(tags, "Modality") == "CT"
     require(is_ct, "not-ct", "a file is no single-frame CT image")
-    require("LOCALIZER" not in _text(tags, "ImageType"), "localizer", "a slice is a scout image")
+    require(not _is_scout(tags), "localizer", "a slice is a scout image")
     require(
-        _text(tags, "BurnedInAnnotation") != "YES",
+        _text(tags, "BurnedInAnnotation").upper() != "YES",
         "burned-in",
         "text is burned into the pixels, and may name the patient",
     )
 
 
+def _is_scout(tags: pydicom.Dataset) -> bool:
+    return "LOCALIZER" in _text(tags, "ImageType").upper()
+
+
 def _pixel_format(tags: pydicom.Dataset) -> tuple[tuple[int, int], int]:
     """(rows, columns) and the stored bits of 16-bit grey pixels."""
-    rows, columns = int(_number(tags, "Rows")), int(_number(tags, "Columns"))
+    rows, columns = _whole(tags, "Rows"), _whole(tags, "Columns")
     require(
         1 <= rows <= MAX_SIDE and 1 <= columns <= MAX_SIDE,
         "size",
@@ -278,7 +339,7 @@ def _pixel_format(tags: pydicom.Dataset) -> tuple[tuple[int, int], int]:
         "not-grey",
         "the pixels are not MONOCHROME2",
     )
-    allocated, stored = int(_number(tags, "BitsAllocated")), int(_number(tags, "BitsStored"))
+    allocated, stored = _whole(tags, "BitsAllocated"), _whole(tags, "BitsStored")
     require(
         allocated == 16
         and 1 <= stored <= 16
@@ -288,6 +349,17 @@ def _pixel_format(tags: pydicom.Dataset) -> tuple[tuple[int, int], int]:
         f"{stored} bits in {allocated}: only the low bits of 16-bit pixels can be read",
     )
     return (rows, columns), stored
+
+
+def _position(tags: pydicom.Dataset) -> NDArray[np.float64]:
+    position = _numbers(tags, "ImagePositionPatient", 3)
+    farthest = float(np.abs(position).max())
+    require(
+        farthest <= MAX_ORIGIN_MM,
+        "origin",
+        f"a slice {farthest:.4g} mm away; {MAX_ORIGIN_MM:g} mm at most can be read",
+    )
+    return position
 
 
 def _orientation(tags: pydicom.Dataset) -> NDArray[np.float64]:
@@ -357,6 +429,13 @@ def _number(tags: pydicom.Dataset, name: str, default: float | None = None) -> f
     if default is not None and _value(tags, name) is None:
         return default
     return float(_numbers(tags, name, 1)[0])
+
+
+def _whole(tags: pydicom.Dataset, name: str) -> int:
+    value = _number(tags, name)
+    in_range = value.is_integer() and abs(value) < 1 << 32
+    require(in_range, "bad-tag", f"{name} must be a whole number")
+    return int(value)
 
 
 def _numbers(tags: pydicom.Dataset, name: str, count: int) -> NDArray[np.float64]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 
 from raysynth.errors import UnreadableCase
 from raysynth.formats.dicom import MAX_VOXELS
-from raysynth.formats.dicom_slice import MAX_SIDE, SPACING_RANGE_MM, require
+from raysynth.formats.dicom_file import open_regular
+from raysynth.formats.dicom_slice import MAX_ORIGIN_MM, MAX_SIDE, SPACING_RANGE_MM, require
 from raysynth.volume import Triple
 
 MAX_HEADER_BYTES = 1 << 20
@@ -36,8 +36,6 @@ MAX_DATA_BYTES = 1 << 31
 
 MAX_FILE_BYTES = MAX_DATA_BYTES + 16 * MAX_HEADER_BYTES
 """Packing what cannot be packed adds a little to it."""
-
-MAX_ORIGIN_MM = 1e5
 
 _PIECE_BYTES = 1 << 16
 _MAX_DEFLATE_RATIO = 1032
@@ -138,7 +136,7 @@ def open_file(path: Path) -> BinaryIO:
         OSError: it cannot be opened.
         UnreadableCase: it is a pipe, a device or a folder.
     """
-    return _open(path, 0)
+    return open_regular(path, MAX_FILE_BYTES)
 
 
 def open_beside(header: Path, name: str) -> BinaryIO:
@@ -156,30 +154,13 @@ def open_beside(header: Path, name: str) -> BinaryIO:
     )
     try:
         # Links are not followed at all: what they point to may lie anywhere.
-        return _open(header.parent / name, os.O_NOFOLLOW)
+        return open_regular(header.parent / name, MAX_FILE_BYTES, os.O_NOFOLLOW)
     except OSError as error:
         is_link = error.errno == errno.ELOOP
         why = "it is a link; put the file itself there" if is_link else error.strerror
         raise UnreadableCase(
             "data-file", f"the data file beside the header cannot be read: {why}"
         ) from None
-
-
-def _open(path: Path, flags: int) -> BinaryIO:
-    # Without O_NONBLOCK, opening a pipe would wait for its writer, maybe for ever.
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
-    status = os.fstat(handle)
-    try:
-        require(stat.S_ISREG(status.st_mode), "unreadable", "not a regular file")
-        require(
-            status.st_size <= MAX_FILE_BYTES,
-            "size",
-            f"a file of {status.st_size} bytes; {MAX_FILE_BYTES} at most can be read",
-        )
-    except UnreadableCase:
-        os.close(handle)
-        raise
-    return os.fdopen(handle, "rb")
 
 
 def header_lines(file: BinaryIO) -> Iterator[str]:

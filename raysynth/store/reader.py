@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
 from raysynth.case import Case, Intensity, Nodule, Split
 from raysynth.errors import DamagedStore, InputError
@@ -19,6 +21,9 @@ from raysynth.seeding import fingerprint
 from raysynth.store.shards import REMEDY, ShardedArray
 from raysynth.volume import Triple, Volume
 from storage_schema.v1 import SPLITS, sample_set, synthetic_run
+
+MAX_VOXELS = 2**31
+"""Of a volume: twice what can be ingested."""
 
 Range = tuple[int, int]
 
@@ -51,7 +56,17 @@ class VolumeAttrs:
 
 def case_ids(root: zarr.Group) -> list[str]:
     """Ids of all stored cases, sorted."""
-    return sorted(open_group(root, "volumes").group_keys())
+    return [name for name, _ in subgroups(open_group(root, "volumes"))]
+
+
+def subgroups(group: zarr.Group) -> list[tuple[str, zarr.Group]]:
+    """Name and group of all groups in a group, sorted.
+
+    Raises:
+        DamagedStore: the metadata of something there makes no sense.
+    """
+    with _metadata_of(group.path):
+        return sorted(group.groups(), key=lambda found: found[0])
 
 
 def case_attrs(root: zarr.Group, case_id: str) -> VolumeAttrs:
@@ -59,27 +74,20 @@ def case_attrs(root: zarr.Group, case_id: str) -> VolumeAttrs:
 
     Raises:
         InputError: the store has no such case.
-        DamagedStore: a checksum does not fit.
+        DamagedStore: a checksum does not fit, or the attributes make no sense.
     """
-    group = open_group(root, f"volumes/{case_id}")
-    attributes = checked_attributes(group)
-    hu = ShardedArray(root.store, f"volumes/{case_id}/hu")
-    z, y, x = hu.shape
-    box = attributes["lung_zyx"]
-    return VolumeAttrs(
-        case_id=case_id,
-        patient_key=attributes["patient_key"],
-        split=attributes["split"],
-        intensity=attributes["intensity"],
-        shape=(z, y, x),
-        spacing_mm=_triple(attributes["spacing_mm"]),
-        origin_mm=_triple(attributes["origin_mm"]),
-        direction=np.array(attributes["direction"], np.float64).reshape(3, 3),
-        nodules=tuple(_nodule(nodule) for nodule in attributes["nodules"]),
-        source=attributes["source"],
-        lung_zyx=None if box is None else (_range(box[0]), _range(box[1]), _range(box[2])),
-        lung_planes=tuple(_range(planes) for planes in attributes["lung_planes"]),
-    )
+    path = f"volumes/{case_id}"
+    attributes = checked_attributes(open_group(root, path))
+    shape = ShardedArray(root.store, f"{path}/hu").shape
+    if len(shape) != 3 or math.prod(shape) > MAX_VOXELS:
+        raise InputError(f"array {path}/hu has shape {shape}: give a store made by raysynth")
+    try:
+        return _volume_attrs(case_id, attributes, shape)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        # The checksum fits: somebody else wrote them.
+        raise DamagedStore(
+            f"the attributes of {path} are not those of a case ({type(error).__name__}): {REMEDY}"
+        ) from error
 
 
 def read_case(root: zarr.Group, case_id: str) -> Case:
@@ -92,7 +100,7 @@ def read_case(root: zarr.Group, case_id: str) -> Case:
     attributes = case_attrs(root, case_id)
     path = f"volumes/{case_id}"
     layout = None
-    if "layout" in open_group(root, path):
+    if has_array(open_group(root, path), "layout"):
         layout = ShardedArray(root.store, f"{path}/layout").read()
     return Case(
         case_id=case_id,
@@ -127,7 +135,7 @@ class SampleSet:
 
     @cached_property
     def _main(self) -> ShardedArray:
-        return self._array("hu" if "hu" in self.group else "latents")
+        return self._array("hu" if has_array(self.group, "hu") else "latents")
 
     @property
     def count(self) -> int:
@@ -217,7 +225,7 @@ class _Columns(Mapping[str, NDArray]):
             raise KeyError(name)
         if name not in self._columns:
             path = f"index/{name}"
-            if path not in self._samples.group:
+            if not has_array(self._samples.group, path):
                 group = self._samples.group.path
                 raise DamagedStore(f"{group} has lost its column {path}: {REMEDY}")
             self._columns[name] = self._samples.read(path)
@@ -237,17 +245,21 @@ def open_group(root: zarr.Group, path: str) -> zarr.Group:
         InputError: there is none; the message lists what is beside it.
         DamagedStore: its metadata makes no sense.
     """
-    try:
+    with _metadata_of(path):
         group = root.get(path)
-    except (ValueError, TypeError, KeyError) as error:  # no JSON, or fields that do not fit
-        raise DamagedStore(f"the metadata of /{path} is damaged: {REMEDY}") from error
     if isinstance(group, zarr.Group):
         return group
     parent, _, name = path.rpartition("/")
     above = root.get(parent) if parent else root
-    beside = sorted(above.group_keys()) if isinstance(above, zarr.Group) else []
+    with _metadata_of(parent):
+        beside = sorted(above.group_keys()) if isinstance(above, zarr.Group) else []
     shown = ", ".join(beside[:10]) + (", ..." if len(beside) > 10 else "")
     raise InputError(f"the store has no {name!r} in /{parent}; there is: {shown or 'nothing'}")
+
+
+def has_array(group: zarr.Group, name: str) -> bool:
+    """Whether something of that name is stored in a group; zarr-python would look at what it is."""
+    return sync(group.store.exists(f"{group.path}/{name}/zarr.json"))
 
 
 def checked_attributes(group: zarr.Group) -> dict[str, Any]:
@@ -265,16 +277,50 @@ def checked_attributes(group: zarr.Group) -> dict[str, Any]:
     return attributes
 
 
+@contextmanager
+def _metadata_of(path: str) -> Iterator[None]:
+    """For what zarr-python raises where metadata is no JSON, too deep, or has unknown fields."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedStore(f"the metadata of /{path} is damaged: {REMEDY}") from error
+
+
+def _volume_attrs(case_id: str, attributes: dict[str, Any], shape: tuple[int, ...]) -> VolumeAttrs:
+    z, y, x = shape
+    names = [attributes[name] for name in ("patient_key", "split", "intensity")]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{names} are not all text")
+    box = attributes["lung_zyx"]
+    return VolumeAttrs(
+        case_id=case_id,
+        patient_key=attributes["patient_key"],
+        split=attributes["split"],
+        intensity=attributes["intensity"],
+        shape=(z, y, x),
+        spacing_mm=_triple(attributes["spacing_mm"]),
+        origin_mm=_triple(attributes["origin_mm"]),
+        direction=np.array(attributes["direction"], np.float64).reshape(3, 3),
+        nodules=tuple(_nodule(nodule) for nodule in attributes["nodules"]),
+        source=attributes["source"],
+        lung_zyx=None if box is None else (_range(box[0], z), _range(box[1], y), _range(box[2], x)),
+        lung_planes=tuple(_range(planes, z) for planes in attributes["lung_planes"]),
+    )
+
+
 def _nodule(attributes: dict[str, Any]) -> Nodule:
-    shape = tuple(attributes["shape"])
-    bits = np.frombuffer(base64.b64decode(attributes["voxels"]), np.uint8)
-    mask = np.unpackbits(bits, count=math.prod(shape), bitorder="little").astype(bool)
+    d, h, w = attributes["shape"]
+    bits = np.frombuffer(base64.b64decode(attributes["voxels"], validate=True), np.uint8)
+    # What is missing would be taken for zeros, however much the shape promises.
+    if min(d, h, w) < 1 or len(bits) != -(-d * h * w // 8):
+        raise ValueError(f"{len(bits)} bytes of voxels for {d} x {h} x {w}")
+    mask = np.unpackbits(bits, count=d * h * w, bitorder="little").astype(bool)
     z, y, x = attributes["corner_zyx"]
     return Nodule(
         centre_zyx=_triple(attributes["centre_zyx"]),
         corner_zyx=(z, y, x),
-        mask=mask.reshape(shape),
-        diameter_mm=attributes["diameter_mm"],
+        mask=mask.reshape(d, h, w),
+        diameter_mm=float(attributes["diameter_mm"]),
         ratings=tuple(tuple(row) for row in attributes["ratings"]),
     )
 
@@ -284,6 +330,8 @@ def _triple(values: list[float]) -> Triple:
     return z, y, x
 
 
-def _range(values: list[int]) -> Range:
+def _range(values: list[int], size: int) -> Range:
     start, stop = values
+    if not 0 <= start < stop <= size:
+        raise ValueError(f"[{start}, {stop}) of {size}")
     return start, stop

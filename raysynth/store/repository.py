@@ -174,7 +174,7 @@ def _check_version(repository: icechunk.Repository, url: str, create: bool) -> N
     except FileNotFoundError:
         version = None
         _raise_if_damaged(repository, session.snapshot_id, url)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"store {url} is damaged: restore it from a copy") from error
     if version is None:
         raise InputError(

@@ -29,8 +29,8 @@ from storage_schema.v1 import MAX_SHARD_BYTES
 SHARDS_AT_ONCE = 16
 """Shards fetched together: enough to hide an object store's delay, few enough for memory."""
 
-MAX_LENGTH = 2**40
-"""Of an axis."""
+MAX_AXES, MAX_LENGTH = 8, 2**40
+"""Of an array, and of an axis."""
 
 ABSENT = 2**64 - 1
 """Offset and length of a chunk that nobody has written."""
@@ -79,7 +79,7 @@ class ShardedArray:
         stop = self.shape[0] if stop is None else stop
         if not 0 <= start <= stop <= self.shape[0]:
             raise IndexError(f"rows [{start}, {stop}) of {self.shape[0]} in {self.path}")
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        out = self._allocate(stop - start)
         positions = self._shards_of(start, stop)
         while batch := list(itertools.islice(positions, SHARDS_AT_ONCE)):
             for position, data in zip(batch, self._fetch(batch), strict=True):
@@ -87,6 +87,15 @@ class ShardedArray:
                     raise DamagedStore(f"{self._where(position)} was never written: {REMEDY}")
                 self._decode(data, position, start, out)
         return out
+
+    def _allocate(self, rows: int) -> NDArray:
+        try:
+            return np.empty((rows, *self.shape[1:]), self.dtype)
+        except (MemoryError, ValueError) as error:  # the latter from 2**63 bytes on
+            raise InputError(
+                f"{rows} rows of {self.path} are more than fits into memory: read fewer at a time, "
+                "or give a store made by raysynth"
+            ) from error
 
     def _check_shapes(self) -> None:
         shapes = (self.shape, self.shard, self.chunk)
@@ -110,7 +119,7 @@ class ShardedArray:
             range(-(-size // shard))
             for size, shard in zip(self.shape[1:], self.shard[1:], strict=True)
         )
-        return itertools.product(first, *others)
+        return _product((first, *others))
 
     def _fetch(self, positions: Sequence[tuple[int, ...]]) -> list[NDArray[np.uint8] | None]:
         keys = ["/".join((self.path, "c", *map(str, position))) for position in positions]
@@ -166,7 +175,10 @@ class ShardedArray:
         unpacked, packed = (int.from_bytes(sizes[i : i + 4], "little") for i in (0, 8))
         if (unpacked, packed) != (chunk.nbytes, payload.size):
             raise DamagedStore(f"{self._where(position)} holds a chunk of a wrong size: {REMEDY}")
-        blosc.decompress(payload, chunk)
+        try:
+            blosc.decompress(payload, chunk)
+        except RuntimeError as error:  # with a checksum that fits: somebody else wrote it
+            raise DamagedStore(f"{self._where(position)} cannot be unpacked: {REMEDY}") from error
 
     def _where(self, position: tuple[int, ...]) -> str:
         return f"shard {list(position)} of {self.path}"
@@ -184,7 +196,7 @@ def _read_metadata(store: Store, path: str) -> dict[str, Any]:
         raise InputError(f"the store has no array {path}")
     try:
         metadata: dict[str, Any] = json.loads(data.tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedStore(f"the metadata of {path} are damaged: {REMEDY}") from error
     return metadata
 
@@ -206,6 +218,9 @@ def _refuse_foreign(metadata: dict[str, Any], path: str) -> None:
             and options["codecs"] == inner_codecs(metadata["data_type"])
             and options["index_codecs"] == index_codecs()
             and options["index_location"] == "end"
+            and _is_shape(metadata["shape"])
+            and _is_shape(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+            and _is_shape(options["chunk_shape"])
         )
     except (KeyError, TypeError, ValueError):
         ours = False
@@ -214,6 +229,25 @@ def _refuse_foreign(metadata: dict[str, Any], path: str) -> None:
             f"array {path} is stored in a way that raysynth does not write, and is not decoded: "
             f"give a store made by raysynth"
         )
+
+
+def _product(axes: Sequence[range]) -> Iterator[tuple[int, ...]]:
+    """itertools.product, which lists its axes first: a lying shape would fill the memory."""
+    if not axes:
+        yield ()
+        return
+    for first in axes[0]:
+        for others in _product(axes[1:]):
+            yield first, *others
+
+
+def _is_shape(value: Any) -> bool:
+    """Whether JSON has a list of a few lengths here: floats, bools and minus would pass as well."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_AXES
+        and all(type(length) is int and length >= 0 for length in value)
+    )
 
 
 def _read_index(data: NDArray[np.uint8], grid: tuple[int, ...], where: str) -> NDArray[np.uint64]:

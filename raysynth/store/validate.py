@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import icechunk
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -16,10 +17,18 @@ from zarr.abc.store import Store
 from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from raysynth.errors import DamagedStore, RaysynthError
-from raysynth.store.reader import SampleSet, case_attrs, case_ids, checked_attributes, open_group
-from raysynth.store.repository import open_repository, open_root
-from raysynth.store.shards import ShardedArray
+from raysynth.errors import DamagedStore, InputError, RaysynthError
+from raysynth.store.reader import (
+    SampleSet,
+    case_attrs,
+    case_ids,
+    checked_attributes,
+    has_array,
+    open_group,
+    subgroups,
+)
+from raysynth.store.repository import TOP_GROUPS, open_repository, open_root, reason_of
+from raysynth.store.shards import REMEDY, ShardedArray
 from storage_schema import v1
 from storage_schema.spec import GroupSpec
 
@@ -108,16 +117,16 @@ def validate(url: str | Path, full: bool = False) -> list[Problem]:
     """
     root = open_root(url)
     problems = list(_check_attributes("", v1.root(), root.attrs.asdict()))
-    problems += _unknown("", root, {"volumes", "samples", "latents", "synthetic", "quarantine"})
-    problems += _check_quarantine(root)
+    problems += _guard("", _check_top(root))
+    problems += _guard("quarantine", _check_quarantine(root))
     volumes = _subgroups(root, "volumes")
     for path, group in volumes:
-        problems += _guard(path, _check_volume(path, group, full))
-    problems += _check_patients(volumes)
+        problems += _guard(path, _check_volume(root, path, group, full))
+    problems += _guard("volumes", _check_patients(volumes))
     cases = {path.removeprefix("volumes/") for path, _ in volumes}
     for path, group in sample_groups(root):
         problems += _guard(path, _check_samples(path, group, cases, full))
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def summary(url: str | Path) -> StoreSummary:
@@ -135,9 +144,15 @@ def summary(url: str | Path) -> StoreSummary:
         for past in repository.ancestry(branch="main")
         if past.metadata.get("published") or "run" not in past.metadata
     )
-    stored = repository.chunk_storage_stats()
-    entries = open_group(root, "quarantine").attrs["entries"]
-    assert isinstance(entries, list)
+    try:
+        stored = repository.chunk_storage_stats()
+    except icechunk.IcechunkError as error:
+        raise DamagedStore(
+            f"what is stored cannot be counted: {reason_of(error)}; {REMEDY}"
+        ) from error
+    entries = open_group(root, "quarantine").attrs.get("entries")
+    if not isinstance(entries, list):
+        raise DamagedStore(f"the quarantine has lost its entries: {REMEDY}")
     return StoreSummary(
         snapshot=repository.lookup_branch("main"),
         cases=len(cases),
@@ -166,18 +181,27 @@ def sample_groups(root: zarr.Group) -> list[tuple[str, zarr.Group]]:
     return [*_subgroups(root, "samples"), *latent_sets, *_subgroups(root, "synthetic")]
 
 
-def _check_volume(path: str, group: zarr.Group, full: bool) -> Iterator[Problem]:
+def _check_top(root: zarr.Group) -> Iterator[Problem]:
+    yield from _unknown("", root, set(TOP_GROUPS))
+    for name in TOP_GROUPS:
+        for array in open_group(root, name).array_keys():
+            yield Problem(f"{name}/{array}", "is an array where a group belongs")
+
+
+def _check_volume(root: zarr.Group, path: str, group: zarr.Group, full: bool) -> Iterator[Problem]:
     hu = ShardedArray(group.store, f"{path}/hu")
     if len(hu.shape) != 3:
         yield Problem(f"{path}/hu", f"has {len(hu.shape)} axes, not (z, y, x)")
         return
     spec = v1.volume(hu.shape)
-    if "layout" not in group:
+    if not has_array(group, "layout"):
         spec = spec.without("layout")
     yield from _check_group(path, group, spec)
     attributes = group.attrs.asdict()
     yield from _check_nodules(path, attributes, hu.shape)
     yield from _check_pixels(path, group, full)
+    # What all that leaves out, the readers would refuse.
+    case_attrs(root, path.removeprefix("volumes/"))
 
 
 def _check_samples(path: str, group: zarr.Group, cases: set[str], full: bool) -> Iterator[Problem]:
@@ -293,7 +317,7 @@ def _check_pixels(path: str, group: zarr.Group, full: bool) -> Iterator[Problem]
     for first_row, hu in _shards(group, "hu", full):
         if (hu == v1.NOT_WRITTEN_HU).any():
             yield Problem(f"{path}/hu", f"near row {first_row}: {v1.NOT_WRITTEN_HU} is no HU")
-    if "layout" not in group:
+    if not has_array(group, "layout"):
         return
     for first_row, layout in _shards(group, "layout", full):
         values = np.flatnonzero(np.bincount(layout.ravel(), minlength=256))
@@ -321,7 +345,7 @@ def _check_patients(volumes: list[tuple[str, zarr.Group]]) -> Iterator[Problem]:
     splits: dict[str, str] = {}
     for path, group in volumes:
         attributes: dict[str, Any] = group.attrs.asdict()
-        patient, split = attributes.get("patient_key", ""), attributes.get("split", "")
+        patient, split = (str(attributes.get(name, "")) for name in ("patient_key", "split"))
         if splits.setdefault(patient, split) != split:
             yield Problem(
                 path, f"is {split}, another case of its patient is {splits[patient]}: a leak"
@@ -333,7 +357,9 @@ def _check_quarantine(root: zarr.Group) -> Iterator[Problem]:
     attributes: dict[str, Any] = open_group(root, spec.path).attrs.asdict()
     yield from _check_attributes(spec.path, spec, attributes)
     for number, entry in enumerate(attributes.get("entries", [])):
-        if set(entry) != {"source", "rule", "reason", "when"}:
+        if not isinstance(entry, dict):
+            yield Problem(spec.path, f"entry {number} is no object")
+        elif set(entry) != {"source", "rule", "reason", "when"}:
             yield Problem(spec.path, f"entry {number} has {sorted(entry)}")
 
 
@@ -346,7 +372,7 @@ def _guard(path: str, check: Iterator[Problem]) -> list[Problem]:
             found.append(problem)
     except RaysynthError as error:
         found.append(Problem(path, str(error)))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         found.append(Problem(path, f"cannot be read: {type(error).__name__} {error}"))
     return found
 
@@ -357,10 +383,11 @@ def _unknown(path: str, group: zarr.Group, known: set[str]) -> Iterator[Problem]
 
 
 def _subgroups(root: zarr.Group, path: str) -> list[tuple[str, zarr.Group]]:
-    group = root.get(path)
-    if not isinstance(group, zarr.Group):
+    try:
+        group = open_group(root, path)
+    except InputError:  # `_check_top` says so
         return []
-    return [(f"{path}/{name}", sub) for name, sub in sorted(group.groups())]
+    return [(f"{path}/{name}", sub) for name, sub in subgroups(group)]
 
 
 def _metadata(store: Store, path: str) -> dict[str, Any] | None:
