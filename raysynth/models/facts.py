@@ -38,6 +38,7 @@ ATTRIBUTION = {
         "CC BY 3.0 (Armato et al., Medical Physics 38, 2011)"
     ),
     "dicom": "DICOM series of the user's own: name their source before this is shared",
+    "unknown": "Of unknown source: name it before this is shared",
     "images": "Images of the user's own: name their source before this is shared",
 }
 """Whom to name for each kind of `data.source`."""
@@ -61,7 +62,7 @@ class BundleFacts(Section):
     """How the training images were cut, so what an image of this model shows."""
     intensity: Intensity
     """`hu`, or `relative` if trained on images without Hounsfield units."""
-    sources: tuple[Literal["phantom", "lidc", "luna16", "dicom", "images"], ...]
+    sources: tuple[Literal["phantom", "lidc", "luna16", "dicom", "images", "unknown"], ...]
     """Kinds of `data.source` that the training cases came from."""
     snapshot: str
     """Store snapshot of the training samples."""

@@ -58,6 +58,7 @@ def phantom_case(source: PhantomSource, number: int, split: Split = "train") -> 
         nodules=nodules,
         layout=anatomy.layout,
         source={
+            "kind": "phantom",
             "format": "phantom",
             "anatomy": source.anatomy,
             "number": float(number),

@@ -253,7 +253,7 @@ def _save_bundle(
     """Writes the averaged weights with all that is known of them; returns the digest."""
     root = open_root(config.store_url, plan.files.snapshot)
     cases = [case_attrs(root, case_id) for case_id in samples.attrs["cases"]]
-    sources = {str(case.source["kind"]) for case in cases}
+    sources = {str(case.source.get("kind", "unknown")) for case in cases}
     splits = {case.patient_key: case.split for case in cases}
     patients = Counter(splits.values())
     autoencoder, latent_scale = None, 1.0
