@@ -38,10 +38,15 @@ def _warm_up() -> None:
     import ray
 
     def load() -> None:
+        import matplotlib.figure  # noqa: F401
+        import skimage.measure  # noqa: F401
+        import torch._dynamo  # noqa: F401
+
         import raysynth.data.ingest
         import raysynth.evaluation.evaluate
         import raysynth.sampling.draw  # noqa: F401
 
+    load()
     ray.get([ray.remote(num_cpus=1)(load).remote() for _ in range(2)])
 
 
