@@ -237,6 +237,7 @@ def as_json() -> dict[str, object]:
 
 _NODULE_COLUMNS = (
     Column("nodule", "int16", -1, "row in the case's `nodules` attribute; -1: none was aimed at"),
+    Column("diameter_mm", "float32", math.nan, "of that nodule, millimetres; NaN: none"),
     Column(
         "ratings",
         "uint8",

@@ -17,6 +17,7 @@ from raysynth.data.statistics import (
     statistics,
 )
 from raysynth.errors import RaysynthError
+from raysynth.prompt import write_prompt
 from raysynth.report.html import StorePage, Tile, write_store_page
 from raysynth.store.reader import SampleSet, case_attrs, case_ids, read_case
 from raysynth.store.repository import open_root
@@ -159,7 +160,15 @@ def _sample_tiles(samples: SampleSet) -> list[Tile]:
                 samples.read("hu", row, row + 1)[0][middle],
                 samples.read("layout", row, row + 1)[0][middle],
                 (y0, x0, y1, x1),
-                f"row {row}",
+                _caption(samples, row),
             )
         )
     return tiles
+
+
+def _caption(samples: SampleSet, row: int) -> str:
+    """Which sample it is and, of a nodule, what the first reader said."""
+    if "nodule" not in samples.index or samples.index["nodule"][row] < 0:
+        return f"row {row}"
+    scores, diameter_mm = (samples.index[name][row] for name in ("ratings", "diameter_mm"))
+    return f"row {row}: {write_prompt(scores[0].tolist(), float(diameter_mm))}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -162,9 +163,15 @@ def _declare(
         "spacing_mm": samples.spacing_mm,
         "field_of_view_mm": samples.field_of_view_mm,
     }
-    columns = {
+    diameters_mm = {
+        (case.case_id, number): nodule.diameter_mm
+        for case in cases
+        for number, nodule in enumerate(case.nodules)
+    }
+    columns: dict[str, list[int] | list[float]] = {
         "case": [rank[plan.case_id] for plan in plans],
         "nodule": [plan.nodule for plan in plans],
+        "diameter_mm": [diameters_mm.get((plan.case_id, plan.nodule), nan) for plan in plans],
         "split": [split[plan.case_id] for plan in plans],
     }
     spec = sample_set(len(plans), samples.shape)

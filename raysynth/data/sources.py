@@ -35,6 +35,9 @@ from raysynth.phantom.patient import phantom_case
 from raysynth.seeding import fingerprint, load_key, pseudonym
 from raysynth.store.splits import assign_splits, listed_splits
 
+_Named = tuple[str, Path]
+"""An image file after its name: its place in the folder without suffix."""
+
 
 @dataclass(frozen=True)
 class CaseRef:
@@ -90,9 +93,9 @@ def list_cases(config: ExperimentConfig) -> tuple[list[CaseRef], list[Refusal]]:
         case LidcSource() | DicomSource() as source:
             return _list_dicom(source, config)
         case Luna16Source() as source:
-            return _list_luna16(source, config), []
+            return _list_luna16(source, config)
         case ImageSource() as source:
-            return _list_images(source, config), []
+            return _list_images(source, config)
 
 
 def read_case(ref: CaseRef) -> Case:
@@ -180,52 +183,74 @@ def _list_dicom(
     return _refs(source, config, key, found), _by_folder(refused, source.path, key)
 
 
-def _list_luna16(source: Luna16Source, config: ExperimentConfig) -> list[CaseRef]:
+def _list_luna16(
+    source: Luna16Source, config: ExperimentConfig
+) -> tuple[list[CaseRef], list[Refusal]]:
     """The challenge's volumes. Scans of one LIDC patient stay together."""
     folder = _folder(source.path, "path")
     findings = read_annotations(source.annotations or folder / "annotations.csv")
-    lungs = _images(_folder(source.lungs, "lungs")) if source.lungs else {}
+    lungs = _images(_folder(source.lungs, "lungs")) if source.lungs else []
     patients = patients_of_series()
-    # The segmentations have the names of the volumes.
-    volumes = {
-        path.stem: path
-        for path in _images(folder).values()
-        if path.suffix == ".mhd" and path not in lungs.values()
-    }
+    # The segmentations have the names of the volumes, wherever they lie.
+    segmentations = [(path.stem, path) for _, path in lungs]
+    volumes = [
+        (path.stem, path) for _, path in _without(_images(folder), lungs) if path.suffix == ".mhd"
+    ]
     if not volumes:
         raise InputError(f"data.source.path {source.path} holds no .mhd volume")
-    masks = {path.stem: path for path in lungs.values()}
+    key = load_key(config.key_path)
+    pairs, refused = _pairs(volumes, segmentations, key)
     found = [
-        _Found(
-            uid,
-            patients.get(uid, uid),
-            (path, masks[uid]) if uid in masks else (path,),
-            findings.get(uid, ()),
-        )
-        for uid, path in volumes.items()
+        _Found(uid, patients.get(uid, uid), files, findings.get(uid, ()))
+        for uid, files in pairs.items()
     ]
-    return _refs(source, config, load_key(config.key_path), found)
+    return _refs(source, config, key, found), refused
 
 
-def _list_images(source: ImageSource, config: ExperimentConfig) -> list[CaseRef]:
+def _list_images(
+    source: ImageSource, config: ExperimentConfig
+) -> tuple[list[CaseRef], list[Refusal]]:
     folder = _folder(source.path, "path")
-    labels = _images(_folder(source.labels, "labels")) if source.labels else {}
-    volumes = {name: path for name, path in _images(folder).items() if path not in labels.values()}
+    labels = _images(_folder(source.labels, "labels")) if source.labels else []
+    volumes = _without(_images(folder), labels)
     if not volumes:
         raise InputError(
             f"data.source.path {source.path} holds no volume ({', '.join(IMAGE_SUFFIXES)})"
         )
-    lost = sorted(labels.keys() - volumes.keys())
+    lost = {name for name, _ in labels} - {name for name, _ in volumes}
     if lost:
         raise InputError(
             f"data.source.labels {source.labels}: {len(lost)} label maps have no volume of their "
             "name: name each as its volume"
         )
-    found = [
-        _Found(name, name, (path, labels[name]) if name in labels else (path,))
-        for name, path in volumes.items()
-    ]
-    return _refs(source, config, load_key(config.key_path), found)
+    key = load_key(config.key_path)
+    pairs, refused = _pairs(volumes, labels, key)
+    found = [_Found(name, name, files) for name, files in pairs.items()]
+    return _refs(source, config, key, found), refused
+
+
+def _pairs(
+    volumes: Sequence[_Named], labels: Sequence[_Named], key: bytes
+) -> tuple[dict[str, tuple[Path, ...]], list[Refusal]]:
+    """Each volume with the label map of its name, if there is one; refused are names of several."""
+    files: dict[str, tuple[list[Path], list[Path]]] = {}
+    for place, named in enumerate((volumes, labels)):
+        for name, path in named:
+            files.setdefault(name, ([], []))[place].append(path)
+    pairs, refused = {}, []
+    for name, (of_volume, of_labels) in sorted(files.items()):
+        if len(of_volume) == 1 and len(of_labels) <= 1:
+            pairs[name] = (*of_volume, *of_labels)
+        elif of_volume:
+            refused.append(
+                Refusal(
+                    pseudonym(key, "series", name),
+                    "same-name",
+                    f"{len(of_volume)} volumes and {len(of_labels)} label maps have one name: "
+                    "which belong together? Keep one of each",
+                )
+            )
+    return pairs, refused
 
 
 def _splits(patient_ids: list[str], config: ExperimentConfig) -> dict[str, Split]:
@@ -274,17 +299,22 @@ def _folder(path: Path, name: str) -> Path:
     return path
 
 
-def _images(folder: Path) -> dict[str, Path]:
-    """Image files below a folder by their place in it without suffix; links are passed over."""
-    found = {}
+def _images(folder: Path) -> list[_Named]:
+    """Image files below a folder; links are passed over."""
+    found = []
     for parent, _, names in os.walk(folder):
         for name in names:
             suffix = next((end for end in IMAGE_SUFFIXES if name.lower().endswith(end)), None)
             path = Path(parent, name)
             if suffix is not None and path.is_file() and not path.is_symlink():
                 place = (path.parent / name[: -len(suffix)]).relative_to(folder)
-                found[place.as_posix()] = path
-    return dict(sorted(found.items()))
+                found.append((place.as_posix(), path))
+    return sorted(found)
+
+
+def _without(images: Sequence[_Named], others: Sequence[_Named]) -> list[_Named]:
+    paths = {path for _, path in others}
+    return [image for image in images if image[1] not in paths]
 
 
 def _by_folder(refused: Sequence[Refused], root: Path, key: bytes) -> list[Refusal]:

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import dask.array as da
+import dask.bag
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +18,8 @@ from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.shards import ShardedArray
 from storage_schema.v1 import LABELS, SPLITS
 
-HU_EDGES = np.arange(-1200, 3001, 50)
+BIN_HU = 50
+HU_EDGES = np.arange(-1200, 3001, BIN_HU)
 """Bounds of the histogram's bins; what lies outside counts in the outermost ones."""
 
 MAX_SCORE = max(high for _, high in SCORE_RANGES.values())
@@ -28,9 +29,6 @@ SIZE_EDGES_MM = (0.0, 6.0, 8.0, 15.0)
 
 TEXTURES = ("not rated", "non-solid", "part-solid", "solid")
 """Classes of the readers' median texture score: 0, below 2, below 4, up to 5."""
-
-Slab = tuple[str, int, int]
-"""Case, first plane and the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,9 @@ class StoreStatistics:
 def statistics(url: str) -> StoreStatistics:
     """Counts every voxel of a store, on the Ray cluster if there is one, else in threads."""
     snapshot = main_snapshot(url)
-    slabs = _slabs(url, snapshot)
-    table = _count_voxels(url, snapshot, slabs)
+    root = open_root(url, snapshot)
+    cases = [case_attrs(root, case_id) for case_id in case_ids(root)]
+    table = _count_voxels(url, snapshot, case_ids(root))
     sums = table[:, -1]
     counts = {name: table[label, :-1] for label, name in LABELS.items() if table[label, :-1].any()}
     means = {
@@ -74,8 +73,6 @@ def statistics(url: str) -> StoreStatistics:
         for label, name in LABELS.items()
         if name in counts
     }
-    root = open_root(url, snapshot)
-    cases = [case_attrs(root, case_id) for case_id in case_ids(root)]
     nodules = [(case, nodule) for case in cases for nodule in case.nodules]
     readers = [row for _, nodule in nodules for row in nodule.ratings]
     return StoreStatistics(
@@ -114,50 +111,35 @@ def _strata(nodules: Sequence[tuple[VolumeAttrs, Nodule]]) -> NDArray[np.int64]:
     return table
 
 
-def _count_voxels(url: str, snapshot: str, slabs: list[Slab]) -> NDArray[np.int64]:
+def _count_voxels(url: str, snapshot: str, case_ids: Sequence[str]) -> NDArray[np.int64]:
     """By label: voxels in each bin and, last, the sum of their HU."""
-    if not slabs:
-        return np.zeros((max(LABELS) + 1, len(HU_EDGES)), np.int64)
-    # dask's Ray scheduler fails on da.from_zarr, so every block opens the store itself.
-    blocks = da.arange(len(slabs), chunks=1).map_blocks(
-        partial(_count, url=url, snapshot=snapshot, slabs=slabs),
-        dtype=np.int64,
-        new_axis=[1, 2],
-        chunks=((1,) * len(slabs), max(LABELS) + 1, len(HU_EDGES)),
-    )
-    table: NDArray[np.int64] = blocks.sum(axis=0).compute(scheduler=_scheduler())
-    return table
+    counted = np.zeros((max(LABELS) + 1, len(HU_EDGES)), np.int64)
+    if case_ids:
+        bag = dask.bag.from_sequence(case_ids, partition_size=1)  # type: ignore[no-untyped-call]
+        tables = bag.map(partial(_count_case, url=url, snapshot=snapshot))
+        counted += tables.sum().compute(scheduler=_scheduler())
+    return counted
 
 
-def _slabs(url: str, snapshot: str) -> list[Slab]:
-    """All volumes in blocks of one shard's planes."""
-    root = open_root(url, snapshot)
-    slabs = []
-    for case_id in case_ids(root):
-        hu = ShardedArray(root.store, f"volumes/{case_id}/hu")
-        bounds = [*range(0, hu.shape[0], hu.shard[0]), hu.shape[0]]
-        slabs += [(case_id, start, stop) for start, stop in pairwise(bounds)]
-    return slabs
-
-
-def _count(
-    block: NDArray[np.int64], url: str, snapshot: str, slabs: list[Slab]
-) -> NDArray[np.int64]:
-    """Of one slab, by label: voxels in each bin and, last, the sum of their HU."""
-    case_id, start, stop = slabs[int(block[0])]
+def _count_case(case_id: str, url: str, snapshot: str) -> NDArray[np.int64]:
+    """The counts of one volume, read by as many planes as a shard has."""
     volume = open_group(open_root(url, snapshot), f"volumes/{case_id}")
-    hu = ShardedArray(volume.store, f"{volume.path}/hu").read(start, stop).ravel()
-    if "layout" in volume:
-        layout = ShardedArray(volume.store, f"{volume.path}/layout").read(start, stop).ravel()
-    else:
-        layout = np.zeros(hu.shape, np.uint8)
-    bins = np.clip(np.digitize(hu, HU_EDGES) - 1, 0, len(HU_EDGES) - 2)
-    shape = (max(LABELS) + 1, len(HU_EDGES))
-    table = np.bincount(layout * np.intp(shape[1]) + bins, minlength=shape[0] * shape[1])
-    table = table.reshape(shape)
-    # Exact: sums of integers below 2^53.
-    table[:, -1] = np.bincount(layout, hu, minlength=shape[0])
-    return table[None]
+    hu = ShardedArray(volume.store, f"{volume.path}/hu")
+    layout = ShardedArray(volume.store, f"{volume.path}/layout") if "layout" in volume else None
+    bounds = [*range(0, hu.shape[0], hu.shard[0]), hu.shape[0]]
+    table = np.zeros((max(LABELS) + 1, len(HU_EDGES)), np.int64)
+    for start, stop in pairwise(bounds):
+        values = hu.read(start, stop).ravel()
+        if layout is not None:
+            labels = layout.read(start, stop).ravel()
+        else:
+            labels = np.zeros(values.shape, np.uint8)
+        bins = np.clip((values.astype(np.intp) - HU_EDGES[0]) // BIN_HU, 0, len(HU_EDGES) - 2)
+        counts = np.bincount(labels * np.intp(len(HU_EDGES)) + bins, minlength=table.size)
+        table += counts.reshape(table.shape)
+        # Exact: sums of integers below 2^53.
+        table[:, -1] += np.bincount(labels, values, minlength=len(table)).astype(np.int64)
+    return table
 
 
 def _scheduler() -> Callable[..., Any] | str:

@@ -6,32 +6,37 @@ before anything is decoded, and messages carry rules and numbers, never text out
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
+from imagecodecs import jpeg2k_decode, jpegls_decode, jpegsof3_decode
 from numpy.typing import NDArray
 from pydicom import uid as uids
 from pydicom.encaps import get_frame
-from pydicom.pixels.decoders.base import get_decoder
 
 from raysynth.errors import UnreadableCase
 from raysynth.formats.dicom_file import parse_file
 from raysynth.formats.dicom_file import require as require
 from raysynth.volume import AIR_HU
 
-KEPT_TAGS = (
-    "Manufacturer",
-    "ManufacturerModelName",
-    "SliceThickness",
-    "KVP",
-    "ConvolutionKernel",
+KEPT_TAGS = ("Manufacturer", "SliceThickness", "KVP", "ConvolutionKernel")
+"""All that may be stored of a series' headers: no identifiers, no dates, no free text."""
+
+_MAKERS = (
+    *("Canon", "Elscint", "Fujifilm", "GE", "Hitachi", "Imatron", "Marconi", "Neusoft", "Philips"),
+    *("Picker", "Shimadzu", "Siemens", "Toshiba", "UIH", "United Imaging"),
 )
-"""All that may be stored of a series' headers: no identifiers, no dates."""
+_KERNEL = re.compile(
+    # Siemens, Canon; Philips; General Electric
+    r"[A-Z][A-Za-z]{0,2}\d{1,3}[a-z]{0,2}(\\\d)?|[A-L]|Y[A-D]|"
+    "STANDARD|SOFT|DETAIL|LUNG|CHST|BONE|BONEPLUS|EDGE|ULTRA"
+)
 
 PADDING_HU = -2000
 """At or below it a voxel was never measured: air is -1000, and noise stays above -2000. LIDC series
@@ -42,6 +47,16 @@ MAX_ORIGIN_MM = 1e5
 SPACING_RANGE_MM = (0.05, 20.0)
 
 _PLAIN = (uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian, uids.ExplicitVRBigEndian)
+
+_JPEG: dict[str, tuple[int, Callable[..., NDArray[Any]]]] = {
+    uids.JPEGLossless: (0xC3, jpegsof3_decode),
+    uids.JPEGLosslessSV1: (0xC3, jpegsof3_decode),
+    uids.JPEGLSLossless: (0xF7, jpegls_decode),
+}
+"""Kind of the segment of a codestream that gives its size, and what decodes it."""
+
+_JPEG_SCAN = 0xDA
+"""Kind of the segment before the pixels."""
 
 _JPEG2000_START = 0xFF4FFF51
 """Start of a codestream, and of the part that gives its size."""
@@ -219,6 +234,7 @@ def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
     # No coding without loss takes so much; of plain pixels, what follows the image is left out.
     most_bytes = 8 * rows * columns + (1 << 16)
     tags, _ = parse_file(header.path, ("PixelData",), most_bytes)
+    pixels: NDArray[Any]
     try:
         data = tags.PixelData
         is_plain = header.transfer_syntax in _PLAIN
@@ -233,7 +249,7 @@ def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
             order = ">" if header.transfer_syntax == uids.ExplicitVRBigEndian else "<"
             pixels = np.frombuffer(data, f"{order}u2", rows * columns)
         else:
-            pixels = _decode(data, header)
+            pixels = _decode(get_frame(data, 0, number_of_frames=1), header)
         pixels = pixels.reshape(rows, columns).astype(np.uint16)
     except UnreadableCase:
         raise
@@ -247,25 +263,33 @@ def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
     return (pixels.view(np.int16) if header.is_signed else pixels) >> spare
 
 
-def _decode(data: bytes, header: SliceHeader) -> NDArray[Any]:
-    """Pixels in JPEG's codings, by the checked header: tags may stand behind the pixels again."""
-    rows, columns = header.shape
+def _decode(codestream: bytes, header: SliceHeader) -> NDArray[Any]:
+    """Pixels in one of JPEG's codings, which must be of the size that the checked header tells."""
     if header.transfer_syntax == uids.JPEG2000Lossless:
-        _check_jpeg2000(get_frame(data, 0, number_of_frames=1), header.shape)
-    options: dict[str, Any] = {
-        "rows": rows,
-        "columns": columns,
-        "number_of_frames": 1,
-        "samples_per_pixel": 1,
-        "photometric_interpretation": "MONOCHROME2",
-        "bits_allocated": 16,
-        "bits_stored": header.bits_stored,
-        "pixel_representation": int(header.is_signed),
-        "pixel_keyword": "PixelData",
-    }
-    decoder = get_decoder(uids.UID(header.transfer_syntax))
-    pixels, _ = decoder.as_array(data, index=0, raw=True, **options)
-    return pixels
+        _check_jpeg2000(codestream, header.shape)
+        return jpeg2k_decode(codestream)
+    frame, decode = _JPEG[header.transfer_syntax]
+    _check_jpeg(codestream, frame, header.shape)
+    return decode(codestream, out=np.empty(header.shape, np.uint16))
+
+
+def _check_jpeg(codestream: bytes, frame: int, shape: tuple[int, int]) -> None:
+    """The size that the codestream gives itself, as a decoder would allocate it."""
+    at = 2
+    found: list[int] = []
+    while not found or found[-1] != _JPEG_SCAN:
+        start, kind, length = struct.unpack_from(">BBH", codestream, at)
+        found.append(kind)
+        require(start == 0xFF and length >= 2, "pixel-data", "the pixels are no JPEG codestream")
+        if kind == frame:
+            bits, rows, columns, components = struct.unpack_from(">BHHB", codestream, at + 4)
+            require(
+                (rows, columns) == shape and 8 < bits <= 16 and components == 1,
+                "pixel-data",
+                f"{components} images of {rows} x {columns} pixels of {bits} bits in {shape}",
+            )
+        at += 2 + length
+    require(found.count(frame) == 1, "pixel-data", "the pixels are in another kind of JPEG")
 
 
 def _check_jpeg2000(codestream: bytes, shape: tuple[int, int]) -> None:
@@ -397,16 +421,24 @@ def _padding_value(tags: pydicom.Dataset, bits_stored: int, is_signed: bool) -> 
 
 
 def _kept(tags: pydicom.Dataset) -> dict[str, str | float]:
-    """The allow-listed values: finite numbers, or one short printable line."""
+    """The allow-listed values: finite numbers, and words that name a maker or a kernel.
+
+    Anything may be typed into a tag of text, a name too.
+    """
     kept: dict[str, str | float] = {}
     for name in KEPT_TAGS:
         try:
-            is_number = name in ("SliceThickness", "KVP")
-            value = _number(tags, name) if is_number else _text(tags, name)
+            if name in ("SliceThickness", "KVP"):
+                kept[name] = _number(tags, name)
+            elif name == "Manufacturer":
+                text = _text(tags, name)[:64]
+                for maker in _MAKERS:
+                    if re.match(rf"{maker}\b", text, re.IGNORECASE):
+                        kept[name] = maker
+            elif _KERNEL.fullmatch(_text(tags, name)[:64]):
+                kept[name] = _text(tags, name)
         except UnreadableCase:
             continue  # nothing depends on them
-        if isinstance(value, float) or value:
-            kept[name] = value if isinstance(value, float) else value[:64]
     return kept
 
 

@@ -68,11 +68,7 @@ class CheckpointFolder:
     def commit(self, seen_samples: int, state: State) -> None:
         """Turns the staged folder, all files written, into the newest checkpoint (rank 0)."""
         staged, path = self.staging(seen_samples), self.path(seen_samples)
-        files = {
-            str(file.relative_to(staged)): _sync_and_digest(file)
-            for file in sorted(staged.rglob("*"))
-            if file.is_file()
-        }
+        files = {name: _sync_and_digest(staged / name) for name in _files(staged)}
         manifest: dict[str, Any] = {"state": state, "files": files}
         manifest["digest"] = fingerprint(manifest)
         _write_synced(staged / MANIFEST, json.dumps(manifest, indent=1))
@@ -129,12 +125,19 @@ def _verify(path: Path) -> State:
     manifest = json.loads((path / MANIFEST).read_text())
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != fingerprint(manifest):
         raise ValueError(f"{MANIFEST} does not match its digest")
+    # Only what lies in the folder is opened, whatever the manifest names.
+    if {*manifest["files"], MANIFEST} != set(_files(path)):
+        raise ValueError("there are other files than when it was written")
     for name, digest in manifest["files"].items():
         with open(path / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise ValueError(f"{name} does not match its SHA-256")
     state: State = manifest["state"]
     return state
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
 def _sync_and_digest(path: Path) -> str:

@@ -34,8 +34,9 @@ TAGS = (
     *("RequestingPhysician", "StationName", "DeviceSerialNumber", "StudyInstanceUID"),
     *("SeriesInstanceUID", "FrameOfReferenceUID", "StudyDate", "SeriesDate", "AcquisitionDate"),
     *("ImageComments", "DerivationDescription", "AdmissionID", "CurrentPatientLocation"),
+    *("Manufacturer", "ManufacturerModelName", "ConvolutionKernel"),
 )
-"""Standard tags, one identity each. What a scanner calls itself (`KEPT_TAGS`) is passed on."""
+"""Standard tags, one identity each."""
 
 ELSEWHERE = (
     *("folder", "file", "preamble", "aetitle", "image type", "private creator", "private text"),

@@ -130,6 +130,32 @@ def test_folders_without_what_they_should_hold(tmp_path: Path) -> None:
         list_cases(config_of(tmp_path, kind="luna16", path=tmp_path / "scans"))
 
 
+def test_volumes_of_one_name_are_refused_and_the_others_go_on(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "a.nrrd", "deep/a.mha", "b.mha", "c.mha"):
+        write(tmp_path / "scans" / name, slab())
+    for name in ("b.mha", "c.mha", "c.nrrd"):
+        write(tmp_path / "labels" / name, organs())
+    source = {"path": tmp_path / "scans", "labels": tmp_path / "labels", "class_map": CLASSES}
+    refs, refused = list_cases(config_of(tmp_path, kind="images", **source))
+    files = {ref.files[0].relative_to(tmp_path).as_posix(): len(ref.files) for ref in refs}
+    assert files == {"scans/b.mha": 2, "scans/deep/a.mha": 1}
+    assert [one.rule for one in refused] == ["same-name"] * 2
+    assert {one.source for one in refused}.isdisjoint(ref.case_id for ref in refs)
+    assert sorted(one.reason[:29] for one in refused) == [
+        "1 volumes and 2 label maps ha",
+        "2 volumes and 0 label maps ha",
+    ]
+
+
+def test_a_luna16_series_that_lies_in_two_folders_is_refused(tmp_path: Path) -> None:
+    for name in ("subset0/1.2.3.mhd", "subset1/1.2.3.mhd", "subset1/1.2.4.mhd"):
+        write(tmp_path / name, slab())
+    (tmp_path / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n")
+    refs, refused = list_cases(config_of(tmp_path, kind="luna16", path=tmp_path))
+    assert [ref.series_uid for ref in refs] == ["1.2.4"]
+    assert [one.rule for one in refused] == ["same-name"]
+
+
 def test_dicom_that_nobody_annotated(tmp_path: Path) -> None:
     write_series(tmp_path / "scans", small_volume())
     (ref,), refused = list_cases(config_of(tmp_path, kind="dicom", path=tmp_path / "scans"))

@@ -47,6 +47,13 @@ def test_the_index_agrees_with_the_pixels(phantom_store: ExperimentConfig) -> No
     for row in np.flatnonzero(index["nodule"] >= 0):
         y0, x0, y1, x1 = index["box"][row]
         assert (layout[row, y0:y1, x0:x1] == Label.NODULE).any()
+    names, root = samples.attrs["cases"], open_root(phantom_store.store_url)
+    for case, nodule, diameter_mm in zip(
+        index["case"], index["nodule"], index["diameter_mm"], strict=True
+    ):
+        nodules_of_case = case_attrs(root, names[case]).nodules
+        expected = nodules_of_case[nodule].diameter_mm if nodule >= 0 else np.nan
+        assert diameter_mm == pytest.approx(expected, rel=1e-6, nan_ok=True)
     # By split: a shard of one split is not read for another.
     assert (np.diff(index["split"].astype(int)) >= 0).all()
 

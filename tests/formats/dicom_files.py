@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 from PIL import Image
 from pydicom.datadict import tag_for_keyword
@@ -84,7 +85,7 @@ def ct_slice(volume: Volume, plane: int, series_uid: str, patient_id: str) -> Da
     tags.InstitutionName = "St. Elsewhere"
     tags.Modality = "CT"
     tags.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-    tags.Manufacturer = "ACME"
+    tags.Manufacturer = "TOSHIBA"
     tags.ConvolutionKernel = ["I30f", "3"]
     tags.KVP = 120
     tags.SliceThickness = 2.5
@@ -213,7 +214,7 @@ def coded(syntax: str, value: bytes | None = None) -> Damage:
         packed = value
         if packed is None:
             pixels = np.frombuffer(elements(raw)[PIXEL_DATA][12:], "<u2")
-            packed = encapsulated(_CODERS[syntax](pixels))
+            packed = encapsulated(CODERS[syntax](pixels))
         pixel_data = put("PixelData", "OB", packed, UNDEFINED)
         return both(put("TransferSyntaxUID", "UI", syntax), pixel_data)(raw)
 
@@ -242,9 +243,23 @@ def jpeg2000(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-_CODERS: dict[str, Callable[[np.ndarray], bytes]] = {
+def jpeg(pixels: np.ndarray) -> bytes:
+    """A frame of square 16-bit pixels as a lossless JPEG codestream."""
+    side = round(pixels.size**0.5)
+    return bytes(imagecodecs.ljpeg_encode(pixels.reshape(side, side), bitspersample=16))
+
+
+def jpeg_ls(pixels: np.ndarray) -> bytes:
+    """A frame of square 16-bit pixels as a lossless JPEG-LS codestream."""
+    side = round(pixels.size**0.5)
+    return bytes(imagecodecs.jpegls_encode(pixels.reshape(side, side)))
+
+
+CODERS: dict[str, Callable[[np.ndarray], bytes]] = {
     RLELossless: run_length,
     JPEG2000Lossless: jpeg2000,
+    JPEGLosslessSV1: jpeg,
+    JPEGLSLossless: jpeg_ls,
 }
 
 
@@ -259,21 +274,14 @@ def in_syntax(volume: Volume, plane: int, syntax: str) -> bytes:
     stream = io.BytesIO()
     tags.save_as(stream, enforce_file_format=True)
     raw = stream.getvalue()
-    if syntax in _CODERS:
-        return coded(syntax)(raw)
-    if syntax in (JPEGLosslessSV1, JPEGLSLossless):  # no encoder is installed: noise
-        return coded(syntax, encapsulated(random.Random(0).randbytes(200)))(raw)
-    return raw
+    return coded(syntax)(raw) if syntax in CODERS else raw
 
 
 SYNTAXES = (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     ExplicitVRBigEndian,
-    RLELossless,
-    JPEG2000Lossless,
-    JPEGLSLossless,
-    JPEGLosslessSV1,
+    *CODERS,
 )
 
 

@@ -33,6 +33,7 @@ from raysynth.errors import UnreadableCase
 from raysynth.formats.dicom import find_series, read_series
 from tests.bounds import bounds
 from tests.formats.dicom_files import (
+    CODERS,
     PIXEL_DATA,
     SERIES_UID,
     UNDEFINED,
@@ -105,6 +106,35 @@ def rle(change: Callable[[bytes], bytes]) -> Damage:
 def j2k(change: Callable[[bytes], bytes]) -> Damage:
     """The slice in JPEG 2000, and its codestream changed."""
     return lambda raw: coded(JPEG2000Lossless, encapsulated(change(jpeg2000(pixels(raw)))))(raw)
+
+
+def recoded(syntax: str, change: Callable[[bytes], bytes]) -> Damage:
+    """The slice in a coding, and its codestream changed."""
+    return lambda raw: coded(syntax, encapsulated(change(CODERS[syntax](pixels(raw)))))(raw)
+
+
+def frame_of(codestream: bytes) -> int:
+    """Where the segment that tells the size begins, in JPEG or JPEG-LS."""
+    return max(codestream.find(b"\xff\xc3"), codestream.find(b"\xff\xf7"))
+
+
+def sized(rows: int, columns: int) -> Callable[[bytes], bytes]:
+    return lambda raw: at(frame_of(raw) + 5, ">2H", rows, columns)(raw)
+
+
+def kind(of_frame: int) -> Callable[[bytes], bytes]:
+    return lambda raw: at(frame_of(raw) + 1, ">B", of_frame)(raw)
+
+
+def without_frame(codestream: bytes) -> bytes:
+    begin = frame_of(codestream)
+    (length,) = struct.unpack_from(">H", codestream, begin + 2)
+    return codestream[:begin] + codestream[begin + 2 + length :]
+
+
+def endless(codestream: bytes) -> bytes:
+    """Segments of length nought: who adds it stays where he is."""
+    return codestream[:2] + b"\xff\xe0\0\0" * 100 + codestream[2:]
 
 
 def at(place: int, form: str, *values: int) -> Callable[[bytes], bytes]:
@@ -374,7 +404,20 @@ BAD_FILES: list[tuple[str | None, str, Damage]] = [
     (None, "JPEG 2000 in huge tiles", j2k(at(24, ">2I", 1 << 31, 1 << 31))),
     ("pixel-data", "JPEG 2000 in tiny tiles", j2k(at(24, ">2I", 1, 1))),
     ("pixel-data", "JPEG 2000 in a file of its own", j2k(jp2)),
+    (None, "JPEG", coded(JPEGLosslessSV1)),
     ("pixel-data", "no JPEG", coded(JPEGLosslessSV1, encapsulated(GARBAGE))),
+    ("pixel-data", "JPEG cut", recoded(JPEGLosslessSV1, lambda stream: stream[:60])),
+    ("pixel-data", "JPEG of one byte", recoded(JPEGLosslessSV1, lambda stream: stream[:1])),
+    ("pixel-data", "JPEG of 4 billion pixels", recoded(JPEGLosslessSV1, sized(65535, 65535))),
+    ("pixel-data", "JPEG of another size", recoded(JPEGLosslessSV1, sized(8, 8))),
+    ("pixel-data", "JPEG without a frame", recoded(JPEGLosslessSV1, without_frame)),
+    ("pixel-data", "JPEG with loss", recoded(JPEGLosslessSV1, kind(0xC1))),
+    ("pixel-data", "JPEG of segments without end", recoded(JPEGLosslessSV1, endless)),
+    (None, "JPEG-LS", coded(JPEGLSLossless)),
+    ("pixel-data", "JPEG-LS cut", recoded(JPEGLSLossless, lambda stream: stream[:60])),
+    ("pixel-data", "JPEG-LS of 4 billion pixels", recoded(JPEGLSLossless, sized(65535, 65535))),
+    ("pixel-data", "JPEG-LS of another size", recoded(JPEGLSLossless, sized(8, 8))),
+    ("pixel-data", "JPEG in place of JPEG-LS", recoded(JPEGLSLossless, kind(0xC3))),
     (
         "pixel-data",
         "no JPEG-LS",
@@ -583,6 +626,8 @@ EVERY_SLICE: list[tuple[str | None, str, Damage]] = [
     (None, "no frame of reference", without("FrameOfReferenceUID")),
     (None, "big-endian words in RLE", coded(RLELossless)),
     (None, "JPEG 2000", coded(JPEG2000Lossless)),
+    (None, "JPEG", coded(JPEGLosslessSV1)),
+    (None, "JPEG-LS", coded(JPEGLSLossless)),
     (None, "implicit", implicit(lambda raw: raw)),
 ]
 

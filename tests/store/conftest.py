@@ -77,6 +77,7 @@ def invented_index() -> dict[str, np.ndarray]:
         "case": np.zeros(COUNT, int),
         "z_mm": rows * 0.5,
         "nodule": np.where(rows % 3, -1, 0),
+        "diameter_mm": np.where(rows % 3, np.nan, 6.5),
         "box": np.where((rows % 3 == 0)[:, None], [2, 3, 12, 13], -1),
         "ratings": np.where((rows % 3 == 0)[:, None, None], 3, np.zeros((COUNT, 4, 9), int)),
         "has_nodule": rows % 3 == 0,

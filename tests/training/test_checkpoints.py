@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from raysynth.seeding import fingerprint
 from raysynth.training.checkpoints import CheckpointFolder
 
 
@@ -133,6 +135,25 @@ def test_a_run_that_fell_back_drops_the_damaged_future(tmp_path: Path) -> None:
     folder.keep = 1
     write(folder, 20)
     assert [path.name for path in tmp_path.glob("seen-*")] == ["seen-000000000020"]
+
+
+def test_nothing_outside_a_checkpoint_is_opened(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run", keep=3)
+    write(folder, 10)
+    path = write(folder, 20)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x")
+    for name in (str(secret), "../../secret"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"][name] = hashlib.sha256(b"x").hexdigest()
+        del manifest["digest"]
+        manifest["digest"] = fingerprint(manifest)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        assert newest(folder) == 10
+    # Nor is what somebody added.
+    again = write(folder, 30)
+    (again / "extra.pt").write_bytes(b"x")
+    assert newest(folder) == 10
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"{", b"\xff\xfe"])

@@ -1,0 +1,119 @@
+"""Prompts: what a reader said of a nodule, as a sentence a text model is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from raysynth.case import ATTRIBUTES, SCORE_RANGES
+
+OPENING = "axial chest CT"
+
+DROP_RATE = 0.15
+"""Chance of each clause to be left out of a training prompt."""
+
+Synonyms = tuple[str, ...]
+
+WORDS: dict[str, tuple[Synonyms, ...]] = {
+    # Synonyms of each score from 1 on, the usual word first.
+    "texture": (
+        ("non-solid", "ground-glass", "pure ground-glass"),
+        ("mostly non-solid", "mostly ground-glass"),
+        ("part-solid", "mixed solid and ground-glass", "subsolid"),
+        ("mostly solid", "predominantly solid"),
+        ("solid", "dense solid"),
+    ),
+    "margin": (
+        ("poorly defined margin", "ill-defined margin", "indistinct margin"),
+        ("rather poorly defined margin", "rather ill-defined margin"),
+        ("moderately defined margin", "medium margin"),
+        ("nearly sharp margin", "rather sharp margin"),
+        ("sharp margin", "well-defined margin", "sharply demarcated margin"),
+    ),
+    "lobulation": (
+        ("no lobulation", "not lobulated"),
+        ("slight lobulation", "slightly lobulated"),
+        ("moderate lobulation", "moderately lobulated"),
+        ("considerable lobulation", "considerably lobulated"),
+        ("marked lobulation", "markedly lobulated"),
+    ),
+    "spiculation": (
+        ("no spiculation", "not spiculated"),
+        ("slight spiculation", "slightly spiculated"),
+        ("moderate spiculation", "moderately spiculated"),
+        ("considerable spiculation", "considerably spiculated"),
+        ("marked spiculation", "markedly spiculated"),
+    ),
+    "sphericity": (
+        ("linear shape", "elongated shape"),
+        ("ovoid to linear shape", "narrow ovoid shape"),
+        ("ovoid shape", "oval shape"),
+        ("ovoid to round shape", "nearly round shape"),
+        ("round shape", "spherical shape"),
+    ),
+    "calcification": (
+        ("popcorn calcification", "popcorn-like calcification"),
+        ("laminated calcification", "layered calcification"),
+        ("solid calcification", "dense calcification"),
+        ("non-central calcification", "eccentric calcification"),
+        ("central calcification", "calcified centre"),
+        ("no calcification", "not calcified"),
+    ),
+    "malignancy": (
+        ("malignancy highly unlikely", "clearly benign"),
+        ("malignancy moderately unlikely", "probably benign"),
+        ("malignancy indeterminate", "indeterminate nodule"),
+        ("moderately suspicious for malignancy", "probably malignant"),
+        ("highly suspicious for malignancy", "clearly malignant"),
+    ),
+}
+"""The levels as LIDC's readers were given them."""
+
+assert all(len(words) == SCORE_RANGES[name][1] for name, words in WORDS.items())
+
+
+def write_prompt(
+    scores: Sequence[int],
+    diameter_mm: float | None = None,
+    place: str | None = None,
+    *,
+    rng: np.random.Generator | None = None,
+    with_malignancy: bool = False,
+) -> str:
+    """The prompt of a nodule as one reader saw it, such as "axial chest CT, 8 mm solid ...".
+
+    What is not known is not said. The plain prompt has its clauses in a fixed order and the usual
+    words. For training, clauses are shuffled, each is left out with `DROP_RATE`, and one of the
+    words that mean the same is drawn.
+
+    Args:
+        scores: nine scores in the order of `ATTRIBUTES`; 0 = not rated.
+        diameter_mm: of the nodule.
+        place: where it lies, such as "left lung".
+        rng: draws a training prompt; None: the plain one.
+        with_malignancy: say what the reader thought of it, which no image shows.
+    """
+    score = dict(zip(ATTRIBUTES, scores, strict=True))
+
+    def is_said() -> bool:
+        return rng is None or rng.random() >= DROP_RATE
+
+    def word(name: str) -> str | None:
+        if not score[name] or not is_said():
+            return None
+        synonyms = WORDS[name][score[name] - 1]
+        return synonyms[0 if rng is None else int(rng.integers(len(synonyms)))]
+
+    has_size = diameter_mm is not None and np.isfinite(diameter_mm) and is_said()
+    size = f"{diameter_mm:.0f} mm" if has_size else None
+    names = ["margin", "lobulation", "spiculation", "sphericity", "calcification"]
+    clauses = [
+        " ".join(filter(None, (size, word("texture"), "pulmonary nodule"))),
+        *map(word, names + ["malignancy"] * with_malignancy),
+        place if place and is_said() else None,
+    ]
+    said = [clause for clause in clauses if clause]
+    if rng is not None:
+        rng.shuffle(said)
+    return ", ".join([OPENING, *said])
