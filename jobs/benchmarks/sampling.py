@@ -4,9 +4,9 @@ python -m jobs.benchmarks.sampling [REPEATS]
 
 Prints, for one request and for eight requests of 10, 20 or 50 DDIM steps, the time of each way to
 draw them, interleaved, and how many times as fast the engine is (paired, with a 95 % bootstrap
-interval). Outputs are compared first. Everything runs on one thread, so processor seconds are what
-an idle machine would take, and the ratios are of them: other load hardly disturbs them. Exits 1
-where a target is missed.
+interval); for one request also with compiled networks, which takes some minutes. Outputs are
+compared first. Everything runs on one thread, so processor seconds are what an idle machine would
+take, and the ratios are of them: other load hardly disturbs them. Exits 1 where a target is missed.
 """
 
 from __future__ import annotations
@@ -99,19 +99,22 @@ def _request(number: int, steps: int, guidance_scale: float) -> SampleRequest:
 def _comparisons(denoiser: LatentDenoiser, guidance_scale: float) -> list[Comparison]:
     one = [_request(0, 50, guidance_scale)]
     mixed = [_request(i, steps, guidance_scale) for i, steps in enumerate(MIXED_STEPS)]
-    # A copy: the engine changes its network's memory format.
+    # Copies: engines change their network's memory format.
     loops = _DiffusersLoops(deepcopy(denoiser), guided=guidance_scale != 1)
-    single, several = (
+    compiled_loops = _DiffusersLoops(deepcopy(denoiser), guided=guidance_scale != 1)
+    compiled_loops.network = torch.compile(compiled_loops.network, dynamic=False)
+    single, compiled, several = (
         SamplingEngine(
-            denoiser,
+            deepcopy(denoiser),
             build_schedule("scaled_linear"),
             "epsilon",
             LATENT_SHAPE,
             SAMPLE_SIZE,
             slots,
             guided=guidance_scale != 1,
+            compiled=is_compiled,
         )
-        for slots in (1, ENGINE_SLOTS)
+        for slots, is_compiled in ((1, False), (1, True), (ENGINE_SLOTS, False))
     )
     by_steps = sorted(mixed, key=lambda request: -request.num_inference_steps)
     return [
@@ -120,6 +123,15 @@ def _comparisons(denoiser: LatentDenoiser, guidance_scale: float) -> list[Compar
             {
                 "raysynth engine": lambda: _drawn(single, one),
                 "diffusers loop": lambda: loops.one_by_one(one),
+            },
+            {"diffusers loop": 1.0},
+        ),
+        Comparison(
+            f"1 request, 50 DDIM steps, guidance {guidance_scale:g}, compiled",
+            {
+                "raysynth engine, compiled": lambda: _drawn(compiled, one),
+                "diffusers loop": lambda: loops.one_by_one(one),
+                "diffusers loop, compiled": lambda: compiled_loops.one_by_one(one),
             },
             {"diffusers loop": 1.0},
         ),
@@ -144,7 +156,7 @@ class _DiffusersLoops:
     """What careful users of diffusers write: one batched call a step, conditions encoded once."""
 
     def __init__(self, denoiser: LatentDenoiser, guided: bool) -> None:
-        self.denoiser, self.guided = denoiser, guided
+        self.denoiser, self.network, self.guided = denoiser, denoiser.predict, guided
 
     def one_by_one(self, requests: list[SampleRequest]) -> Latents:
         """As a pipeline is called: one request after another."""
@@ -202,8 +214,8 @@ class _DiffusersLoops:
         guidance_scale: float,
     ) -> torch.Tensor:
         if not self.guided:
-            return self.denoiser.predict(x_t, timesteps, encoded)
-        both = self.denoiser.predict(torch.cat([x_t] * 2), torch.cat([timesteps] * 2), encoded)
+            return self.network(x_t, timesteps, encoded)
+        both = self.network(torch.cat([x_t] * 2), torch.cat([timesteps] * 2), encoded)
         null, conditional = both.chunk(2)
         return null + guidance_scale * (conditional - null)
 

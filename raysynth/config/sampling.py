@@ -19,8 +19,10 @@ DRAWING = (
     "prior",
     "batch_size",
     "use_gpu",
+    "compile",
 )
-"""Fields that decide what is drawn. A GPU draws other noise from the same seed than a CPU."""
+"""Fields that decide what is drawn. A GPU draws other noise from the same seed than a CPU, and a
+compiled network rounds otherwise."""
 
 
 class SamplingConfig(Section):
@@ -38,4 +40,7 @@ class SamplingConfig(Section):
     """Slots of the engine: the fixed batch shape at which a sample is reproducible bit by bit."""
     num_actors: int = Field(1, ge=1)
     use_gpu: bool = False
+    compile: bool = False
+    """Compile the network: a minute once, then about 1.7 times as fast on a CPU. Needs a C++
+    compiler there."""
     threads_per_actor: int = Field(1, ge=1)

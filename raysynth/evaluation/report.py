@@ -182,11 +182,13 @@ def _denoising_tiles(config: ExperimentConfig, synthetic: SampleSet) -> list[Til
     seed, source = (int(synthetic.index[name][0]) for name in ("seed", "source_sample"))
     scores = tuple(int(score) for score in synthetic.index["attributes"][0])
     first = PlannedSample("first", seed, Condition(layout, box, scores), source)
-    # Here one core draws one slice: a thousand steps of a large network would take it hours.
+    # Here one core draws one slice: a thousand steps of a large network would take it hours, and a
+    # compiler longer than the slice.
     sampling = config.sampling.model_copy(
         update={
             "batch_size": 1,
             "use_gpu": False,
+            "compile": False,
             "sampler": "ddim",
             "num_inference_steps": min(config.sampling.num_inference_steps, MAX_STEPS),
         }

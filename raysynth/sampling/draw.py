@@ -142,6 +142,7 @@ class SliceSampler:
             bundle.samples.size,
             self.sampling.batch_size,
             guided=self.sampling.guidance_scale != 1,
+            compiled=self.sampling.compile,
             device=self.device,
         )
 

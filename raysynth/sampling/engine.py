@@ -7,7 +7,9 @@ alone: not on its mates, its slot or its turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -97,6 +99,7 @@ class SamplingEngine:
         max_slots: int,
         *,
         guided: bool = False,
+        compiled: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         """Makes an engine with all slots idle.
@@ -109,12 +112,20 @@ class SamplingEngine:
             sample_size: pixels along a decoded sample's side, the grid of conditions.
             max_slots: samples a call; fixes the batch shape.
             guided: whether requests may ask for a guidance_scale other than 1.
+            compiled: compile the network for its one batch shape, at the first step.
             device: where to compute.
+
+        Raises:
+            InputError: it shall be compiled for a CPU, and there is no C++ compiler.
         """
         # Convolutions read images with their channels last without reordering them first.
         self.denoiser: LatentDenoiser = denoiser.to(  # type: ignore[call-overload]
             device, memory_format=torch.channels_last
         ).eval()
+        self._network: Callable[..., Tensor] = self.denoiser.predict
+        if compiled:
+            _check_compiler(device)
+            self._network = torch.compile(self.denoiser.predict, dynamic=False)
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.sample_size = sample_size
@@ -239,8 +250,8 @@ class SamplingEngine:
     def _predict(self, timestep: Tensor) -> Tensor:
         """The network's prediction, guided where asked for (Ho & Salimans 2022, eq. 6)."""
         if not self.guided:
-            return self.denoiser.predict(self._x_t, timestep, self._encoded)
-        prediction = self.denoiser.predict(
+            return self._network(self._x_t, timestep, self._encoded)
+        prediction = self._network(
             torch.cat([self._x_t, self._x_t]), torch.cat([timestep, timestep]), self._encoded
         )
         conditional, null = prediction.chunk(2)
@@ -258,3 +269,12 @@ class SamplingEngine:
                 self._courses[slot] = None
                 self._position[slot] = self.schedule.num_train_timesteps
                 self._stride[slot] = 0
+
+
+def _check_compiler(device: torch.device | str) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if torch.device(device).type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(
+            f"sampling.compile true needs a C++ compiler, and there is no {compiler}: install one, "
+            "or set it to false"
+        )

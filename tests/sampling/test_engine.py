@@ -39,7 +39,7 @@ def denoiser():
     return network.eval()
 
 
-def engine(denoiser, max_slots, guided=False, prediction_type="epsilon"):
+def engine(denoiser, max_slots, guided=False, prediction_type="epsilon", compiled=False):
     return SamplingEngine(
         denoiser,
         build_schedule("scaled_linear"),
@@ -48,6 +48,7 @@ def engine(denoiser, max_slots, guided=False, prediction_type="epsilon"):
         SAMPLE_SIZE,
         max_slots,
         guided=guided,
+        compiled=compiled,
     )
 
 
@@ -80,6 +81,24 @@ def test_a_sample_is_its_request_whatever_its_mates(denoiser, guided):
         for sample_id, x_0, batch_shape in results:
             assert torch.equal(x_0, expected[sample_id]), sample_id
             assert batch_shape == (8 if guided else 4)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_draws_the_same_whatever_the_mates(denoiser):
+    requests = [request(number, guided=True) for number in range(8)]
+    plain = {one.sample_id: one.x_0 for one in engine(denoiser, 4, guided=True).run(requests)}
+    compiled = engine(denoiser, 4, guided=True, compiled=True)
+    together = {one.sample_id: one.x_0 for one in compiled.run(requests)}
+    for one in requests:
+        (alone,) = compiled.run([one])
+        assert torch.equal(alone.x_0, together[one.sample_id])
+        torch.testing.assert_close(alone.x_0, plain[one.sample_id], rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_compiler_nothing_is_compiled(denoiser, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"sampling.compile true needs a C\+\+ compiler"):
+        engine(denoiser, 1, compiled=True)
 
 
 def test_late_arrivals_change_nothing(denoiser):
