@@ -33,7 +33,7 @@ def run_demo(work_dir: Path, lidc: Path | None, overrides: list[str]) -> DemoSum
         lidc: a folder of LIDC-IDRI DICOM series; None: phantom patients.
         overrides: `--set` values for both recipes.
     """
-    source, folder = [], work_dir / "demo"
+    source, patience, folder = [], [], work_dir / "demo"
     if lidc is not None:
         if not lidc.is_dir():
             raise InputError(f"--lidc {lidc}: no such folder; give the folder of the DICOM series")
@@ -43,11 +43,13 @@ def run_demo(work_dir: Path, lidc: Path | None, overrides: list[str]) -> DemoSum
             "data.samples.min_nodule_mm=0",
             "data.samples.nodule_free_every=1",
         ]
+        # Real texture takes longer to learn.
+        patience = ["training.max_seconds=300"]
         folder = work_dir / "demo_lidc"
-    settings = [*source, f"work_dir={json.dumps(str(folder))}", *overrides]
+    settings = [*source, f"work_dir={json.dumps(str(folder))}"]
     recipes = recipes_folder()
-    autoencoder = load_recipe(recipes / "phantom_demo_kl.yaml", settings)
-    model = load_recipe(recipes / "phantom_demo.yaml", settings)
+    autoencoder = load_recipe(recipes / "phantom_demo_kl.yaml", [*settings, *overrides])
+    model = load_recipe(recipes / "phantom_demo.yaml", [*settings, *patience, *overrides])
 
     steps: list[tuple[str, Stage, ExperimentConfig]] = [
         ("ingest", stages.ingest, model),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Full, Queue
 from typing import Any
@@ -22,12 +23,17 @@ from raysynth.case import Split
 from raysynth.errors import InputError
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet
+from raysynth.store.shards import Packed
 from storage_schema.v1 import SPLITS
 
 Batch = dict[str, NDArray[Any]]
 
 PREFETCHED_BATCHES = 2
 """Batches kept ready: enough to hide the read of a shard behind the use of a batch."""
+
+
+FETCHES_AT_ONCE = 4
+"""Shards that are on their way together: an object store answers late, but many at once."""
 
 
 class GlobalOrder:
@@ -85,8 +91,8 @@ class GlobalOrder:
 class SampleStream:
     """Endless batches of one split of a sample set, for one of `world_size` workers.
 
-    A worker keeps only the shards that its lanes are in, and reads the next batches in a thread
-    while one is used.
+    A worker keeps the shards that its lanes are in and, as they are stored, the ones that come next:
+    they are fetched while these are used. A thread makes the next batches.
     """
 
     def __init__(
@@ -134,6 +140,7 @@ class SampleStream:
         self._index = [name for name in columns if name in samples.index]
         self._arrays = [name for name in columns if name not in samples.index]
         self._open: dict[int, Batch] = {}
+        self._fetched: dict[int, Future[dict[str, Packed]]] = {}
 
     def batches(self, seen_samples: int = 0) -> Generator[Batch, None, None]:
         """Batches from where `seen_samples` samples of the global order have been seen.
@@ -164,25 +171,33 @@ class SampleStream:
     ) -> None:
         """The thread: reads batch after batch until it is stopped, or reading fails."""
         item: Batch | Exception = {}
-        while not stopped.is_set() and not isinstance(item, Exception):
-            try:
-                item = self._read(seen)
-            except Exception as error:  # the consumer raises it in its own thread
-                item = error
-            seen += self.global_batch_size
-            while not stopped.is_set():
-                with suppress(Full):
-                    prefetched.put(item, timeout=0.1)
-                    break
+        with ThreadPoolExecutor(FETCHES_AT_ONCE) as fetchers:
+            while not stopped.is_set() and not isinstance(item, Exception):
+                try:
+                    item = self._read(seen, fetchers)
+                except Exception as error:  # the consumer raises it in its own thread
+                    item = error
+                seen += self.global_batch_size
+                while not stopped.is_set():
+                    with suppress(Full):
+                        prefetched.put(item, timeout=0.1)
+                        break
+            fetchers.shutdown(cancel_futures=True)
 
-    def _read(self, seen: int) -> Batch:
+    def _read(self, seen: int, fetchers: Executor) -> Batch:
         positions = np.arange(seen, seen + self.global_batch_size)
         positions = positions[positions % self._world_size == self._rank]
         rows = self.order.at(positions)
         shards, within = np.divmod(rows, self.order.rows_per_shard)
+        needed = np.unique(shards).tolist()
+        # A shard further on in every lane.
+        ahead = self.order.at(positions + self.order.open_shards * self.order.rows_per_shard)
+        for shard in [*needed, *np.unique(ahead // self.order.rows_per_shard).tolist()]:
+            if shard not in self._open and shard not in self._fetched:
+                self._fetched[shard] = fetchers.submit(self._fetch, shard)
         self._open = {
-            shard: self._open.get(shard) or self._read_shard(shard)
-            for shard in np.unique(shards).tolist()
+            shard: self._open[shard] if shard in self._open else self._unpack(shard)
+            for shard in needed
         }
         batch: Batch = {"position": positions}
         for name in self._index:
@@ -192,9 +207,13 @@ class SampleStream:
             batch[name] = np.stack(items)
         return batch
 
-    def _read_shard(self, shard: int) -> Batch:
+    def _fetch(self, shard: int) -> dict[str, Packed]:
         start, stop = self._samples.shard_rows(shard)
-        return {name: self._source(name).read(name, start, stop) for name in self._arrays}
+        return {name: self._source(name).fetch(name, start, stop) for name in self._arrays}
+
+    def _unpack(self, shard: int) -> Batch:
+        packed = self._fetched.pop(shard).result()
+        return {name: self._source(name).unpack(name, packed[name]) for name in self._arrays}
 
     def _source(self, name: str) -> SampleSet:
         if name != "latents":

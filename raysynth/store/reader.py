@@ -18,7 +18,7 @@ from zarr.core.sync import sync
 from raysynth.case import Case, Intensity, Nodule, Split
 from raysynth.errors import DamagedStore, InputError
 from raysynth.seeding import fingerprint
-from raysynth.store.shards import REMEDY, ShardedArray
+from raysynth.store.shards import REMEDY, Packed, ShardedArray
 from raysynth.volume import Triple, Volume
 from storage_schema.v1 import SPLITS, sample_set, synthetic_run
 
@@ -199,6 +199,18 @@ class SampleSet:
             DamagedStore: a checksum does not fit.
         """
         return self._array(name).read(start, stop)
+
+    def fetch(self, name: str, start: int, stop: int) -> Packed:
+        """Rows [start, stop) of an array as they are stored, for `unpack`."""
+        return self._array(name).fetch(start, stop)
+
+    def unpack(self, name: str, packed: Packed) -> NDArray:
+        """The rows that `fetch` brought.
+
+        Raises:
+            DamagedStore: a checksum does not fit.
+        """
+        return self._array(name).unpack(packed)
 
     def _array(self, name: str) -> ShardedArray:
         if name not in self._arrays:

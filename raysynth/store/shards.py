@@ -10,7 +10,8 @@ import asyncio
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import google_crc32c
@@ -38,6 +39,19 @@ ABSENT = 2**64 - 1
 CRC32C = np.dtype("<u4")
 
 REMEDY = "restore the store from a copy, or make it again"
+
+
+Position = tuple[int, ...]
+"""Of a shard among the array's shards."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows [start, stop) of an array, encoded."""
+
+    start: int
+    stop: int
+    shards: dict[Position, NDArray[np.uint8]]
 
 
 class ShardedArray:
@@ -77,16 +91,35 @@ class ShardedArray:
             DamagedStore: a checksum does not fit, or rows were never written.
         """
         stop = self.shape[0] if stop is None else stop
-        if not 0 <= start <= stop <= self.shape[0]:
-            raise IndexError(f"rows [{start}, {stop}) of {self.shape[0]} in {self.path}")
+        self._check_rows(start, stop)
         out = self._allocate(stop - start)
         positions = self._shards_of(start, stop)
         while batch := list(itertools.islice(positions, SHARDS_AT_ONCE)):
-            for position, data in zip(batch, self._fetch(batch), strict=True):
-                if data is None:
-                    raise DamagedStore(f"{self._where(position)} was never written: {REMEDY}")
-                self._decode(data, position, start, out)
+            self._decode(self._fetch(batch), start, out)
         return out
+
+    def fetch(self, start: int, stop: int) -> Packed:
+        """Rows [start, stop) as they are stored, several times smaller: `unpack` decodes them.
+
+        Raises:
+            DamagedStore: they cannot be read.
+        """
+        self._check_rows(start, stop)
+        return Packed(start, stop, self._fetch(list(self._shards_of(start, stop))))
+
+    def unpack(self, packed: Packed) -> NDArray:
+        """The rows that `fetch` brought.
+
+        Raises:
+            DamagedStore: a checksum does not fit, or rows were never written.
+        """
+        out = self._allocate(packed.stop - packed.start)
+        self._decode(packed.shards, packed.start, out)
+        return out
+
+    def _check_rows(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"rows [{start}, {stop}) of {self.shape[0]} in {self.path}")
 
     def _allocate(self, rows: int) -> NDArray:
         try:
@@ -111,7 +144,7 @@ class ShardedArray:
                 f"{self.chunk}, which no raysynth writes: give a store made by raysynth"
             )
 
-    def _shards_of(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
+    def _shards_of(self, start: int, stop: int) -> Iterator[Position]:
         if start == stop:
             return iter(())
         first = range(start // self.shard[0], -(-stop // self.shard[0]))
@@ -121,17 +154,29 @@ class ShardedArray:
         )
         return _product((first, *others))
 
-    def _fetch(self, positions: Sequence[tuple[int, ...]]) -> list[NDArray[np.uint8] | None]:
+    def _fetch(self, positions: Sequence[Position]) -> dict[Position, NDArray[np.uint8]]:
         keys = ["/".join((self.path, "c", *map(str, position))) for position in positions]
         try:
-            return sync(_fetch_all(self._store, keys))
+            fetched = sync(_fetch_all(self._store, keys))
         except (icechunk.IcechunkError, OSError) as error:
             raise DamagedStore(
                 f"a shard of {self.path} cannot be read: {str(error).splitlines()[0].strip()}"
             ) from error
+        shards = {}
+        for position, data in zip(positions, fetched, strict=True):
+            if data is None:
+                raise DamagedStore(f"{self._where(position)} was never written: {REMEDY}")
+            shards[position] = data
+        return shards
 
     def _decode(
-        self, data: NDArray[np.uint8], position: tuple[int, ...], start: int, out: NDArray
+        self, shards: Mapping[Position, NDArray[np.uint8]], start: int, out: NDArray
+    ) -> None:
+        for position, data in shards.items():
+            self._decode_shard(data, position, start, out)
+
+    def _decode_shard(
+        self, data: NDArray[np.uint8], position: Position, start: int, out: NDArray
     ) -> None:
         """Decodes the chunks of one shard that fall into `out`, whose first row is `start`."""
         grid = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
@@ -166,9 +211,7 @@ class ShardedArray:
             )
             out[target] = chunk[part]
 
-    def _decode_chunk(
-        self, encoded: NDArray[np.uint8], chunk: NDArray, position: tuple[int, ...]
-    ) -> None:
+    def _decode_chunk(self, encoded: NDArray[np.uint8], chunk: NDArray, position: Position) -> None:
         payload = _without_checksum(encoded, self._where(position))
         # Bytes 4-7 of a blosc buffer say how much it unpacks to, bytes 12-15 how long it is.
         sizes = payload[4:16].tobytes()
@@ -180,7 +223,7 @@ class ShardedArray:
         except RuntimeError as error:  # with a checksum that fits: somebody else wrote it
             raise DamagedStore(f"{self._where(position)} cannot be unpacked: {REMEDY}") from error
 
-    def _where(self, position: tuple[int, ...]) -> str:
+    def _where(self, position: Position) -> str:
         return f"shard {list(position)} of {self.path}"
 
 

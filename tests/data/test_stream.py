@@ -14,6 +14,7 @@ from raysynth.errors import InputError
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import open_root
 from raysynth.store.run import StoreRun
+from raysynth.store.shards import Packed
 from raysynth.store.writer import create_sample_set, set_index, write_rows
 from storage_schema.v1 import sample_set
 
@@ -115,6 +116,25 @@ def test_a_batch_holds_the_rows_of_its_positions(numbered: SampleSet) -> None:
         np.testing.assert_array_equal(batch["z_mm"], rows)
         assert (rows % 5 > 0).all()
     assert len(source._open) <= 4
+    assert len(source._fetched) <= 8  # what comes next in each lane, and the one after at most
+
+
+def test_a_shard_is_fetched_once_an_epoch(
+    numbered: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+    fetch = SampleSet.fetch
+
+    def count(samples: SampleSet, name: str, start: int, stop: int) -> Packed:
+        fetched.append(start)
+        return fetch(samples, name, start, stop)
+
+    monkeypatch.setattr(SampleSet, "fetch", count)
+    source = SampleStream(numbered, ("hu",), seed=5, global_batch_size=16, open_shards=1)
+    num_shards = len(np.unique(source.order.rows // numbered.rows_per_shard))
+    take(source, 3 * source.order.epoch_length // 16)
+    # Three epochs, and what was fetched ahead.
+    assert 3 * num_shards <= len(fetched) <= 3 * num_shards + 3
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -51,8 +51,10 @@ def test_equals_zarr_python(array: tuple[ArraySpec, int, int], seed: int) -> Non
     _create_array(root, spec)
     values = np.random.default_rng(seed).integers(0, 100, spec.shape).astype(spec.dtype)
     _array(root, "x")[:] = values
-    read = ShardedArray(root.store, "x").read(start, stop)
+    array = ShardedArray(root.store, "x")
+    read = array.read(start, stop)
     np.testing.assert_array_equal(read, root["x"][start:stop])
+    np.testing.assert_array_equal(array.unpack(array.fetch(start, stop)), read)
     assert read.dtype == np.dtype(spec.dtype)
 
 
