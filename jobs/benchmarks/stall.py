@@ -153,8 +153,10 @@ def _monai(folder: Path, persistent: bool) -> Iterator[Tensor]:
     def samples(path: str) -> list[NDArray[np.int16]]:
         return cut(load_nifti(path), "patches")
 
-    def sample(place: tuple[str, int]) -> NDArray[np.int16]:
-        return np.ascontiguousarray(samples(place[0])[place[1]])[None]
+    # MONAI would take a tuple apart.
+    def sample(place: str) -> NDArray[np.int16]:
+        path, _, number = place.rpartition("#")
+        return np.ascontiguousarray(samples(path)[int(number)])[None]
 
     def convert(crop: Any) -> Tensor:
         return torch.as_tensor(crop).float().div_(1000)
@@ -162,7 +164,8 @@ def _monai(folder: Path, persistent: bool) -> Iterator[Tensor]:
     load = Lambda(sample, track_meta=False)
     crop = RandSpatialCrop([CROP] * 3, random_size=False)
     transform = Compose([load, crop, Lambda(convert, track_meta=False)])
-    places = [(str(p), number) for p in volume_paths(folder, ".nii.gz") for number in range(COUNT)]
+    paths = volume_paths(folder, ".nii.gz")
+    places = [f"{path}#{number}" for path in paths for number in range(COUNT)]
     dataset: Any
     if persistent:
         dataset = PersistentDataset(places, transform, folder / "cache")

@@ -91,8 +91,8 @@ class GlobalOrder:
 class SampleStream:
     """Endless batches of one split of a sample set, for one of `world_size` workers.
 
-    A worker keeps the shards that its lanes are in and, as they are stored, the ones that come next:
-    they are fetched while these are used. A thread makes the next batches.
+    A worker keeps the shards that its lanes are in and, as they are stored, those that come next,
+    which are fetched while these are used. A thread makes the next batches.
     """
 
     def __init__(

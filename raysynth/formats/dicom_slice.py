@@ -216,15 +216,15 @@ def read_hu(header: SliceHeader) -> NDArray[np.int16]:
     """
     stored = _stored_pixels(header)
     if header.slope == 1 and header.intercept.is_integer():
-        hu = stored.astype(np.int32) + int(header.intercept)
+        hu = np.add(stored, int(header.intercept), dtype=np.int32)
     else:
         hu = np.rint(stored * np.float64(header.slope) + header.intercept).astype(np.int32)
-    padded = hu <= PADDING_HU
-    if header.padding is not None:
-        padded |= stored == header.padding
-    hu[padded] = AIR_HU
-    highest = int(hu.max())
+    lowest, highest = int(hu.min()), int(hu.max())
     require(highest <= np.iinfo(np.int16).max, "hu-range", f"a slice reaches {highest} HU")
+    if lowest <= PADDING_HU:
+        hu[hu <= PADDING_HU] = AIR_HU
+    if header.padding is not None:
+        hu[stored == header.padding] = AIR_HU
     return hu.astype(np.int16)
 
 
@@ -250,7 +250,7 @@ def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
             pixels = np.frombuffer(data, f"{order}u2", rows * columns)
         else:
             pixels = _decode(get_frame(data, 0, number_of_frames=1), header)
-        pixels = pixels.reshape(rows, columns).astype(np.uint16)
+        pixels = pixels.reshape(rows, columns).astype(np.uint16, copy=False)
     except UnreadableCase:
         raise
     except Exception as error:  # a decoder may raise anything
@@ -259,8 +259,10 @@ def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
             f"the pixels of a slice are cut or cannot be decoded ({type(error).__name__})",
         ) from None
     spare = 16 - header.bits_stored
-    pixels <<= spare
-    return (pixels.view(np.int16) if header.is_signed else pixels) >> spare
+    if spare and (header.is_signed or int(pixels.max()) >> header.bits_stored):
+        pixels = pixels << spare
+        return (pixels.view(np.int16) if header.is_signed else pixels) >> spare
+    return pixels.view(np.int16) if header.is_signed else pixels
 
 
 def _decode(codestream: bytes, header: SliceHeader) -> NDArray[Any]:

@@ -25,6 +25,9 @@ WINDOW_HU = (-1000, 400)
 MIN_CONTRAST_HU = 100.0
 """Two kinds of voxel closer together than this are one: the sphere itself is the nodule then."""
 
+MAX_SHOWN = 100
+"""Characters of a table's heading that a message quotes."""
+
 LUNG_VALUES, TRACHEA_VALUE = (3, 4), 5
 """Values of the challenge's lung segmentations."""
 
@@ -53,9 +56,11 @@ def read_annotations(path: Path) -> Mapping[str, tuple[Finding, ...]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
             if not set(COLUMNS) <= set(rows.fieldnames or ()):
+                named = ", ".join(rows.fieldnames or ()) or "none"
+                shown = "".join(filter(str.isprintable, named))[:MAX_SHOWN]
                 raise InputError(
-                    f"{path} has the columns {', '.join(rows.fieldnames or ()) or 'none'}: give "
-                    f"LUNA16's annotations.csv ({', '.join(COLUMNS)})"
+                    f"{path} has the columns {shown}: give LUNA16's annotations.csv "
+                    f"({', '.join(COLUMNS)})"
                 )
             for row in rows:
                 findings[row["seriesuid"]].append(_finding(row, f"{path}, line {rows.line_num}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,21 +59,63 @@ def segment_anatomy(volume: Volume) -> NDArray[np.uint8]:
     wall = _outer(block_mean(lumen, factors) > 0)
     left, right = _find_lungs(coarse, air & ~wall, body & ~wall, coarse_mm)
 
-    layout = np.zeros(hu.shape, np.uint8)
-    bodily = hu > BODY_HU
-    layout[refine(_inner(body), factors, hu.shape)] = Label.BODY
-    layout[refine(_outer(body), factors, hu.shape) & bodily] = Label.BODY
-    airy = hu < AIR_HU
-    for label, lung, other in (
-        (Label.LEFT_LUNG, left, right),
-        (Label.RIGHT_LUNG, right, left),
+    blocks = _Blocks(
+        body=_inner(body),
+        body_edge=_outer(body),
+        left=_inner(left.closed) | (left.closed & ~left.air),
+        left_edge=_outer(left.closed) & ~right.closed,
+        right=_inner(right.closed) | (right.closed & ~right.air),
+        right_edge=_outer(right.closed) & ~left.closed,
+        wall=wall,
+    )
+    return _redraw(blocks, hu, factors)[turn]
+
+
+class _Blocks(NamedTuple):
+    """What the coarse grid says of each block of voxels: `edge`s leave it to the voxels' HU."""
+
+    body: Mask
+    body_edge: Mask
+    left: Mask
+    left_edge: Mask
+    right: Mask
+    right_edge: Mask
+    wall: Mask
+
+
+def _redraw(
+    blocks: _Blocks, hu: NDArray[np.int16], factors: tuple[int, int, int]
+) -> NDArray[np.uint8]:
+    """The layout on the volume's own voxels, plane by plane from a table of all that can be."""
+    codes = np.zeros(blocks.body.shape, np.uint8)
+    for bit, mask in enumerate(blocks):
+        codes |= mask.astype(np.uint8) << bit
+    every_code, tissue = np.arange(1 << len(blocks))[:, None], np.arange(3)
+    bits = (every_code >> bit & 1 == 1 for bit in range(len(blocks)))
+    table = _paint(_Blocks(*bits), bodily=tissue == 2, airy=tissue == 0)
+
+    layout = np.empty(hu.shape, np.uint8)
+    for z, plane in enumerate(hu):
+        if z % factors[0] == 0:
+            here = codes[z // factors[0]][None]
+            fine = refine(here, (1, *factors[1:]), (1, *plane.shape))[0].astype(np.intp) * 3
+        tissue_there = 1 + (plane > BODY_HU).view(np.int8) - (plane < AIR_HU).view(np.int8)
+        layout[z] = table.ravel()[fine + tissue_there]
+    return layout
+
+
+def _paint(blocks: _Blocks, bodily: Mask, airy: Mask) -> NDArray[np.uint8]:
+    """The labels of voxels: later ones cover earlier ones."""
+    shape = np.broadcast_shapes(blocks.body.shape, bodily.shape)
+    layout = np.zeros(shape, np.uint8)
+    for label, there in (
+        (Label.BODY, blocks.body | (blocks.body_edge & bodily)),
+        (Label.LEFT_LUNG, blocks.left | (blocks.left_edge & airy)),
+        (Label.RIGHT_LUNG, blocks.right | (blocks.right_edge & airy)),
+        (Label.TRACHEA, blocks.wall & airy),
     ):
-        sure = _inner(lung.closed) | (lung.closed & ~lung.air)
-        edge = _outer(lung.closed) & ~other.closed
-        layout[refine(sure, factors, hu.shape)] = label
-        layout[refine(edge, factors, hu.shape) & airy] = label
-    layout[refine(wall, factors, hu.shape) & airy] = Label.TRACHEA
-    return layout[turn]
+        layout[np.broadcast_to(there, shape)] = label
+    return layout
 
 
 @dataclass(frozen=True)

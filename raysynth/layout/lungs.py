@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from raysynth.layout.morphology import IN_PLANE, Mask, bounding_box, close_mask
+from raysynth.layout.morphology import IN_PLANE, Mask, bounding_box, close_mask, depth
 from raysynth.volume import Triple
 
 AIR_HU = -400.0
@@ -90,11 +90,21 @@ def close_lung(hu: NDArray[np.float32], lung: Mask, free: Mask, spacing_mm: Trip
 
 def _find_cores(candidates: Mask, spacing_mm: Triple) -> list[Mask]:
     """One connected part of each lung, the lungs eroded only as far as it takes to part them."""
-    depth = ndimage.distance_transform_edt(candidates, sampling=spacing_mm)
+    # With a margin the nearest voxel outside lies in the box as well.
+    box = bounding_box(candidates, (1, 1, 1))
+    cores = []
+    for part in _part_lungs(candidates[box], spacing_mm) if candidates.any() else []:
+        cores.append(np.zeros_like(candidates))
+        cores[-1][box] = part
+    return cores
+
+
+def _part_lungs(candidates: Mask, spacing_mm: Triple) -> list[Mask]:
+    depth_mm = depth(candidates, spacing_mm)
     voxel_mm3 = float(np.prod(spacing_mm))
     whole: list[Mask] = []
     for radius_mm in (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0):
-        labels, count = ndimage.label(depth > radius_mm)
+        labels, count = ndimage.label(depth_mm > radius_mm)
         sizes = np.bincount(labels.ravel(), minlength=count + 1)
         sizes[0] = 0
         order = np.argsort(sizes)[::-1]

@@ -20,7 +20,26 @@ def grow(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
     """Every voxel within `radius_mm` of the mask (a ball, however the voxels are shaped)."""
     if not mask.any():
         return np.zeros_like(mask)
-    return ndimage.distance_transform_edt(~mask, sampling=spacing_mm) <= radius_mm
+    return depth(~mask, spacing_mm) <= radius_mm
+
+
+def depth(mask: Mask, spacing_mm: Triple) -> NDArray[np.float64]:
+    """Distance in mm of every voxel to the nearest one outside the mask, which must not fill all.
+
+    SciPy finds that voxel. Its own distances, equal to these, take several copies of the grid.
+    """
+    nearest = ndimage.distance_transform_edt(
+        mask, sampling=spacing_mm, return_distances=False, return_indices=True
+    )
+    _, y, x = np.ogrid[tuple(slice(size) for size in mask.shape)]
+    result = np.empty(mask.shape)
+    for z, (to_z, to_y, to_x) in enumerate(nearest.swapaxes(0, 1)):
+        steps = (to_z - z, to_y - y[0], to_x - x[0])
+        along_z, along_y, along_x = (
+            np.square(step * mm) for step, mm in zip(steps, spacing_mm, strict=True)
+        )
+        result[z] = np.sqrt(along_z + along_y + along_x)
+    return result
 
 
 def shrink(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:

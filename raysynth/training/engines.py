@@ -105,7 +105,10 @@ class Engine:
             The gradient's norm before clipping, equal on all ranks; inf or nan: no update.
         """
         self._set_learning_rate(learning_rate)
-        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm))
+        # On CPUs torch would take parameter by parameter.
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm, foreach=True)
+        )
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
