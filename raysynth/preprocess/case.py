@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.case import LUNG_LABELS, Case, Label
+from raysynth.case import LUNG_LABELS, Case
 from raysynth.errors import UnreadableCase
 from raysynth.layout.anatomy import segment_anatomy
 from raysynth.layout.compose import compose, overlay
@@ -33,8 +33,9 @@ def prepare(case: Case, needs_lung: bool = True) -> Case:
     if layout is None:
         layout = compose(_anatomy(case), case.nodules)
     if needs_lung:
-        voxels = np.bincount(layout.ravel(), minlength=len(Label))[list(LUNG_LABELS)].sum()
-        lung_ml = float(voxels) * float(np.prod(case.volume.spacing_mm)) / 1000
+        # Not np.bincount: it copies what it counts into 64-bit numbers.
+        voxels = sum(int(np.count_nonzero(layout == label)) for label in LUNG_LABELS)
+        lung_ml = voxels * float(np.prod(case.volume.spacing_mm)) / 1000
         if lung_ml < MIN_LUNG_ML:
             raise UnreadableCase(
                 "no-lung",

@@ -18,6 +18,10 @@ from storage_schema.spec import ITEM_BYTES, ArraySpec, GroupSpec
 from storage_schema.v1 import volume
 
 
+SHARDS_AT_ONCE = 4
+"""Along the first axis of a volume."""
+
+
 def create_volume(root: zarr.Group, case: Case) -> zarr.Group:
     """Makes the group of a case: attributes and empty arrays at full size.
 
@@ -32,10 +36,18 @@ def create_volume(root: zarr.Group, case: Case) -> zarr.Group:
 
 
 def write_volume(group: zarr.Group, case: Case) -> None:
-    """Fills the arrays that `create_volume` made."""
-    _array(group, "hu")[:] = case.volume.hu
+    """Fills the arrays that `create_volume` made, some shards at a time."""
+    _write_planes(_array(group, "hu"), case.volume.hu)
     if case.layout is not None:
-        _array(group, "layout")[:] = case.layout
+        _write_planes(_array(group, "layout"), case.layout)
+
+
+def _write_planes(array: zarr.Array, values: NDArray) -> None:
+    # Written at once, all shards would lie in memory encoded.
+    assert array.shards is not None
+    step = SHARDS_AT_ONCE * array.shards[0]
+    for start in range(0, len(values), step):
+        array[start : start + step] = values[start : start + step]
 
 
 def create_sample_set(
