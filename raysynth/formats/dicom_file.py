@@ -90,17 +90,18 @@ def parse_file(
 
     Args:
         path: the file.
-        names: keywords of the tags that are wanted. Reading ends at PixelData, or with it.
+        names: keywords of the tags that are wanted. Reading ends with the last of them.
         pixel_bytes: that PixelData may have at most, if it is among them.
 
     Raises:
         UnreadableCase: the file cannot be opened, is no DICOM, damaged, deflated or out of bounds.
     """
-    wanted = {tag_for_keyword(name) for name in names}
+    wanted = {tag_for_keyword(name) or 0 for name in names}
+    last = max(wanted)
 
     def is_past(told: BaseTag, _: str | None, length: int) -> bool:
         tag = int(told)  # whose comparisons are fast
-        if tag > _PIXEL_DATA or (tag == _PIXEL_DATA and tag not in wanted):
+        if tag > last:
             return True
         if tag == _PIXEL_DATA:
             require(

@@ -93,6 +93,8 @@ _HEADER_TAGS = (
     *KEPT_TAGS,
 )
 
+_IDENTITY_TAGS = ("SOPClassUID", "SeriesInstanceUID", "PatientID", "ImageType")
+
 # Lossless ones only. Deflated files are left out: opening one inflates all of it, however large.
 _TRANSFER_SYNTAXES = (
     *_PLAIN,
@@ -147,7 +149,7 @@ def identify(path: Path) -> tuple[str, str] | None:
     Raises:
         UnreadableCase: the file is no DICOM, or damaged.
     """
-    tags, _ = parse_file(path, _HEADER_TAGS)
+    tags, _ = parse_file(path, _IDENTITY_TAGS)
     kind = uids.UID(_text(tags, "SOPClassUID"))
     # Only what DICOM knows as another kind may be passed over: a damaged slice may not.
     require(kind.type == "SOP Class", "unknown-kind", "SOPClassUID is missing or names no kind")
