@@ -185,20 +185,22 @@ class SampleStream:
             fetchers.shutdown(cancel_futures=True)
 
     def _read(self, seen: int, fetchers: Executor) -> Batch:
-        positions = np.arange(seen, seen + self.global_batch_size)
-        positions = positions[positions % self._world_size == self._rank]
-        rows = self.order.at(positions)
-        shards, within = np.divmod(rows, self.order.rows_per_shard)
-        needed = np.unique(shards).tolist()
+        # A batch may be smaller than the number of lanes: all of them stay open.
+        window = np.arange(seen, seen + max(self.global_batch_size, self.order.open_shards))
+        window = window[window % self._world_size == self._rank]
+        lanes = self._shards_at(window)
         # A shard further on in every lane.
-        ahead = self.order.at(positions + self.order.open_shards * self.order.rows_per_shard)
-        for shard in [*needed, *np.unique(ahead // self.order.rows_per_shard).tolist()]:
+        ahead = self._shards_at(window + self.order.open_shards * self.order.rows_per_shard)
+        for shard in [*lanes, *ahead]:
             if shard not in self._open and shard not in self._fetched:
                 self._fetched[shard] = fetchers.submit(self._fetch, shard)
         self._open = {
             shard: self._open[shard] if shard in self._open else self._unpack(shard)
-            for shard in needed
+            for shard in lanes
         }
+        positions = window[: self.global_batch_size // self._world_size]
+        rows = self.order.at(positions)
+        shards, within = np.divmod(rows, self.order.rows_per_shard)
         batch: Batch = {"position": positions}
         for name in self._index:
             batch[name] = self._samples.index[name][rows]
@@ -206,6 +208,12 @@ class SampleStream:
             items = [self._open[s][name][i] for s, i in zip(shards.tolist(), within, strict=True)]
             batch[name] = np.stack(items)
         return batch
+
+    def _shards_at(self, positions: NDArray[np.int64]) -> list[int]:
+        shards: list[int] = np.unique(
+            self.order.at(positions) // self.order.rows_per_shard
+        ).tolist()
+        return shards
 
     def _fetch(self, shard: int) -> dict[str, Packed]:
         start, stop = self._samples.shard_rows(shard)

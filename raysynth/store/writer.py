@@ -17,7 +17,6 @@ from raysynth.seeding import fingerprint
 from storage_schema.spec import ITEM_BYTES, ArraySpec, GroupSpec
 from storage_schema.v1 import volume
 
-
 SHARDS_AT_ONCE = 4
 """Along the first axis of a volume."""
 

@@ -119,8 +119,9 @@ def test_a_batch_holds_the_rows_of_its_positions(numbered: SampleSet) -> None:
     assert len(source._fetched) <= 8  # what comes next in each lane, and the one after at most
 
 
+@pytest.mark.parametrize(("batch_size", "lanes"), [(16, 1), (2, 4)])
 def test_a_shard_is_fetched_once_an_epoch(
-    numbered: SampleSet, monkeypatch: pytest.MonkeyPatch
+    numbered: SampleSet, monkeypatch: pytest.MonkeyPatch, batch_size: int, lanes: int
 ) -> None:
     fetched: list[int] = []
     fetch = SampleSet.fetch
@@ -130,11 +131,13 @@ def test_a_shard_is_fetched_once_an_epoch(
         return fetch(samples, name, start, stop)
 
     monkeypatch.setattr(SampleSet, "fetch", count)
-    source = SampleStream(numbered, ("hu",), seed=5, global_batch_size=16, open_shards=1)
+    source = SampleStream(
+        numbered, ("hu",), seed=5, global_batch_size=batch_size, open_shards=lanes
+    )
     num_shards = len(np.unique(source.order.rows // numbered.rows_per_shard))
-    take(source, 3 * source.order.epoch_length // 16)
-    # Three epochs, and what was fetched ahead.
-    assert 3 * num_shards <= len(fetched) <= 3 * num_shards + 3
+    take(source, 3 * source.order.epoch_length // batch_size)
+    # Three epochs, what was fetched ahead, and shards that end one lane and begin the next.
+    assert num_shards <= len(fetched) <= 3 * num_shards + 3 * lanes
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
