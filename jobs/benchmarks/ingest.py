@@ -2,7 +2,7 @@
 
 python -m jobs.benchmarks.ingest [--series 12] [--slices 200] [--side 512] [--repeats 1] [--large]
 
-Writes invented chests as DICOM into a temporary folder (two in twelve as JPEG-LS), then reads them
+Writes invented chests as DICOM into a temporary folder (two in twelve as JPEG), then reads them
 all in every way that is installed, each in processes of its own with two workers, in rotating
 order, from a warm page cache. raysynth keeps a case on the scanner's grid and finds its anatomy:
 `ingest` is all of that; `store` leaves the anatomy out and so does what SimpleITK's and MONAI's
@@ -83,7 +83,7 @@ def write_scans(folder: Path, series: int, slices: int, side: int) -> str:
     tasks = [(folder / f"series-{n:02d}", slices, side, packed[n]) for n in range(series)]
     with ProcessPoolExecutor(WORKERS) as pool:
         list(pool.map(_write_series, *zip(*tasks, strict=True)))
-    return f"{packed.count(False)} Explicit Little Endian, {packed.count(True)} JPEG-LS"
+    return f"{packed.count(False)} Explicit Little Endian, {packed.count(True)} lossless JPEG"
 
 
 def chest(slices: int, side: int, seed: int) -> NDArray[np.int16]:
@@ -125,10 +125,10 @@ def _series_uid(folder: Path) -> str:
 
 
 def _write_series(folder: Path, slices: int, side: int, is_packed: bool) -> None:
-    from imagecodecs import jpegls_encode
+    from imagecodecs import ljpeg_encode
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.encaps import encapsulate
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLosslessSV1
 
     folder.mkdir(parents=True)
     z_mm, y_mm, x_mm = (mm / n for mm, n in zip(EXTENT_MM, (slices, side, side), strict=True))
@@ -153,8 +153,8 @@ def _write_series(folder: Path, slices: int, side: int, is_packed: bool) -> None
         stored = (hu + 1024).astype("<u2")
         tags.PixelData = stored.tobytes()
         if is_packed:
-            tags.file_meta.TransferSyntaxUID = JPEGLSLossless
-            tags.PixelData = encapsulate([jpegls_encode(stored)])
+            tags.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+            tags.PixelData = encapsulate([ljpeg_encode(stored, bitspersample=12)])
             tags["PixelData"].is_undefined_length = True
         tags.save_as(folder / f"{plane:04d}.dcm", enforce_file_format=True)
 

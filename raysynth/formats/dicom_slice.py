@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
-from imagecodecs import jpeg2k_decode, jpegls_decode, jpegsof3_decode
+from imagecodecs import jpeg2k_decode, jpegsof3_decode
 from numpy.typing import NDArray
 from pydicom import uid as uids
 from pydicom.encaps import get_frame
@@ -48,12 +48,8 @@ SPACING_RANGE_MM = (0.05, 20.0)
 
 _PLAIN = (uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian, uids.ExplicitVRBigEndian)
 
-_JPEG: dict[str, tuple[int, Callable[..., NDArray[Any]]]] = {
-    uids.JPEGLossless: (0xC3, jpegsof3_decode),
-    uids.JPEGLosslessSV1: (0xC3, jpegsof3_decode),
-    uids.JPEGLSLossless: (0xF7, jpegls_decode),
-}
-"""Kind of the segment of a codestream that gives its size, and what decodes it."""
+_JPEG_FRAME = 0xC3
+"""Kind of the segment of a lossless JPEG codestream that gives its size."""
 
 _JPEG_SCAN = 0xDA
 """Kind of the segment before the pixels."""
@@ -95,13 +91,13 @@ _HEADER_TAGS = (
 
 _IDENTITY_TAGS = ("SOPClassUID", "SeriesInstanceUID", "PatientID", "ImageType")
 
-# Lossless ones only. Deflated files are left out: opening one inflates all of it, however large.
+# Lossless ones only. Deflated files are left out: opening one inflates all of it, however large. So
+# is JPEG-LS: of some hundred bytes its decoder can make eight seconds.
 _TRANSFER_SYNTAXES = (
     *_PLAIN,
     uids.RLELossless,
     uids.JPEGLossless,
     uids.JPEGLosslessSV1,
-    uids.JPEGLSLossless,
     uids.JPEG2000Lossless,
 )
 
@@ -272,12 +268,11 @@ def _decode(codestream: bytes, header: SliceHeader) -> NDArray[Any]:
     if header.transfer_syntax == uids.JPEG2000Lossless:
         _check_jpeg2000(codestream, header.shape)
         return jpeg2k_decode(codestream)
-    frame, decode = _JPEG[header.transfer_syntax]
-    _check_jpeg(codestream, frame, header.shape)
-    return decode(codestream, out=np.empty(header.shape, np.uint16))
+    _check_jpeg(codestream, header.shape)
+    return jpegsof3_decode(codestream, out=np.empty(header.shape, np.uint16))
 
 
-def _check_jpeg(codestream: bytes, frame: int, shape: tuple[int, int]) -> None:
+def _check_jpeg(codestream: bytes, shape: tuple[int, int]) -> None:
     """The size that the codestream gives itself, as a decoder would allocate it."""
     at = 2
     found: list[int] = []
@@ -285,7 +280,7 @@ def _check_jpeg(codestream: bytes, frame: int, shape: tuple[int, int]) -> None:
         start, kind, length = struct.unpack_from(">BBH", codestream, at)
         found.append(kind)
         require(start == 0xFF and length >= 2, "pixel-data", "the pixels are no JPEG codestream")
-        if kind == frame:
+        if kind == _JPEG_FRAME:
             bits, rows, columns, components = struct.unpack_from(">BHHB", codestream, at + 4)
             require(
                 (rows, columns) == shape and 8 < bits <= 16 and components == 1,
@@ -293,7 +288,7 @@ def _check_jpeg(codestream: bytes, frame: int, shape: tuple[int, int]) -> None:
                 f"{components} images of {rows} x {columns} pixels of {bits} bits in {shape}",
             )
         at += 2 + length
-    require(found.count(frame) == 1, "pixel-data", "the pixels are in another kind of JPEG")
+    require(found.count(_JPEG_FRAME) == 1, "pixel-data", "the pixels are in another kind of JPEG")
 
 
 def _check_jpeg2000(codestream: bytes, shape: tuple[int, int]) -> None:

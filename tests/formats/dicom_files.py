@@ -22,7 +22,6 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLosslessSV1,
-    JPEGLSLossless,
     RLELossless,
     generate_uid,
 )
@@ -249,17 +248,10 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return bytes(imagecodecs.ljpeg_encode(pixels.reshape(side, side), bitspersample=16))
 
 
-def jpeg_ls(pixels: np.ndarray) -> bytes:
-    """A frame of square 16-bit pixels as a lossless JPEG-LS codestream."""
-    side = round(pixels.size**0.5)
-    return bytes(imagecodecs.jpegls_encode(pixels.reshape(side, side)))
-
-
 CODERS: dict[str, Callable[[np.ndarray], bytes]] = {
     RLELossless: run_length,
     JPEG2000Lossless: jpeg2000,
     JPEGLosslessSV1: jpeg,
-    JPEGLSLossless: jpeg_ls,
 }
 
 
