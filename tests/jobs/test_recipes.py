@@ -11,6 +11,7 @@ import pytest
 
 from raysynth.cli import main
 from raysynth.demo import run_demo
+from raysynth.formats.lidc import nodule_records
 from raysynth.models.bundle import load_bundle
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
@@ -34,7 +35,11 @@ def run(verb: str, recipe: str, work_dir: Path) -> None:
 
 
 def _warm_up() -> None:
-    """Starts Ray's workers: a stage is timed, and not the first import of torch on a machine."""
+    """Starts Ray's workers, and reads the annotation database.
+
+    A stage is timed, and neither the first import of torch on a machine nor what a process reads
+    once for all its stages.
+    """
     import ray
 
     def load() -> None:
@@ -47,6 +52,7 @@ def _warm_up() -> None:
         import raysynth.sampling.draw  # noqa: F401
 
     load()
+    nodule_records()
     ray.get([ray.remote(num_cpus=1)(load).remote() for _ in range(2)])
 
 
