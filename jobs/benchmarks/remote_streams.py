@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -26,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -38,7 +35,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from jobs.benchmarks.sample_data import make_data, samples_of, stored_bytes
+from jobs.benchmarks.sample_data import is_installed, make_data, samples_of, stored_bytes
 from jobs.benchmarks.streams import (
     Epoch,
     Measured,
@@ -260,13 +257,7 @@ def _run_all(line: Line, repeats: int) -> dict[str, list[tuple[Measured, float]]
 
 def _run(name: str) -> Measured | None:
     """In a fresh process: two epochs of one reader; None where it is not installed."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    try:
-        importlib.import_module(MODULES.get(name, "zarr"))
-    except ImportError:
-        return None
-    return measure(READERS[name])
+    return measure(READERS[name]) if is_installed(MODULES.get(name, "zarr")) else None
 
 
 def _report(

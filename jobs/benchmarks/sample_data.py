@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import logging
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +137,17 @@ def load_sample(path: Path | str, kind: str, number: int) -> NDArray[np.int16]:
     image: Any = nibabel.load(path)
     z, y, x = (*_place(number, kind), slice(None), slice(None))[:3]
     return np.asarray(image.dataobj[x, y, z]).T
+
+
+def is_installed(module: str) -> bool:
+    """In a process of one reader: imports what it needs, and keeps its warnings quiet."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)  # MONAI warns of readers that nobody asked for
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def samples_of(store: Path | str, kind: str) -> SampleSet:

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import json
-import logging
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -41,6 +38,7 @@ from jobs.benchmarks.sample_data import (
     PATCH,
     PER_VOLUME,
     cut,
+    is_installed,
     load_nifti,
     load_sample,
     make_data,
@@ -267,11 +265,7 @@ def _alone(step: Callable[[Tensor], None], steps: int) -> list[float]:
 
 def _run(name: str, folder: Path, blocks: int, steps: int) -> dict[str, float] | None:
     """In a fresh process: the steps of one way; None where it is not installed."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    try:
-        importlib.import_module(MODULES.get(name, "torch"))
-    except ImportError:
+    if not is_installed(MODULES.get(name, "torch")):
         return None
     cores = sorted(os.sched_getaffinity(0))
     # What is started from here on stays on the last core; this thread leaves it afterwards.

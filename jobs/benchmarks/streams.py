@@ -19,17 +19,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import importlib.metadata
 import itertools
 import json
-import logging
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +43,7 @@ from jobs.benchmarks.sample_data import (
     Crcs,
     crcs_of,
     cut,
+    is_installed,
     load_nifti,
     load_sample,
     make_data,
@@ -279,11 +277,7 @@ def _limit(name: str, kind: str) -> int | None:
 
 def _run(names: list[str], folder: Path) -> dict[tuple[str, str], Measured]:
     """In a fresh process: readers that need the same module; none where it is not installed."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # MONAI warns of readers that nobody asked for
-    try:
-        importlib.import_module(MODULES.get(names[0], "zarr"))
-    except ImportError:
+    if not is_installed(MODULES.get(names[0], "zarr")):
         return {}
     runs = {}
     for name, kind in itertools.product(names, SHAPES):

@@ -64,8 +64,9 @@ def statistics(url: str) -> StoreStatistics:
     """Counts every voxel of a store, on the Ray cluster if there is one, else in threads."""
     snapshot = main_snapshot(url)
     root = open_root(url, snapshot)
-    cases = [case_attrs(root, case_id) for case_id in case_ids(root)]
-    table = _count_voxels(url, snapshot, case_ids(root))
+    names = case_ids(root)
+    cases = [case_attrs(root, name) for name in names]
+    table = _count_voxels(url, snapshot, names)
     sums = table[:, -1]
     counts = {name: table[label, :-1] for label, name in LABELS.items() if table[label, :-1].any()}
     means = {
@@ -111,11 +112,11 @@ def _strata(nodules: Sequence[tuple[VolumeAttrs, Nodule]]) -> NDArray[np.int64]:
     return table
 
 
-def _count_voxels(url: str, snapshot: str, case_ids: Sequence[str]) -> NDArray[np.int64]:
+def _count_voxels(url: str, snapshot: str, names: Sequence[str]) -> NDArray[np.int64]:
     """By label: voxels in each bin and, last, the sum of their HU."""
     counted = np.zeros((max(LABELS) + 1, len(HU_EDGES)), np.int64)
-    if case_ids:
-        bag = dask.bag.from_sequence(case_ids, partition_size=1)  # type: ignore[no-untyped-call]
+    if names:
+        bag = dask.bag.from_sequence(names, partition_size=1)  # type: ignore[no-untyped-call]
         tables = bag.map(partial(_count_case, url=url, snapshot=snapshot))
         counted += tables.sum().compute(scheduler=_scheduler())
     return counted

@@ -171,6 +171,7 @@ class SampleStream:
     ) -> None:
         """The thread: reads batch after batch until it is stopped, or reading fails."""
         item: Batch | Exception = {}
+        self._fetched.clear()  # an earlier run may have called some of them off
         with ThreadPoolExecutor(FETCHES_AT_ONCE) as fetchers:
             while not stopped.is_set() and not isinstance(item, Exception):
                 try:
@@ -188,9 +189,10 @@ class SampleStream:
         # A batch may be smaller than the number of lanes: all of them stay open.
         window = np.arange(seen, seen + max(self.global_batch_size, self.order.open_shards))
         window = window[window % self._world_size == self._rank]
-        lanes = self._shards_at(window)
+        rows = self.order.at(window)
         # A shard further on in every lane.
-        ahead = self._shards_at(window + self.order.open_shards * self.order.rows_per_shard)
+        further = window + self.order.open_shards * self.order.rows_per_shard
+        lanes, ahead = self._shards_of(rows), self._shards_of(self.order.at(further))
         for shard in [*lanes, *ahead]:
             if shard not in self._open and shard not in self._fetched:
                 self._fetched[shard] = fetchers.submit(self._fetch, shard)
@@ -198,8 +200,8 @@ class SampleStream:
             shard: self._open[shard] if shard in self._open else self._unpack(shard)
             for shard in lanes
         }
-        positions = window[: self.global_batch_size // self._world_size]
-        rows = self.order.at(positions)
+        count = self.global_batch_size // self._world_size
+        positions, rows = window[:count], rows[:count]
         shards, within = np.divmod(rows, self.order.rows_per_shard)
         batch: Batch = {"position": positions}
         for name in self._index:
@@ -209,10 +211,8 @@ class SampleStream:
             batch[name] = np.stack(items)
         return batch
 
-    def _shards_at(self, positions: NDArray[np.int64]) -> list[int]:
-        shards: list[int] = np.unique(
-            self.order.at(positions) // self.order.rows_per_shard
-        ).tolist()
+    def _shards_of(self, rows: NDArray[np.int64]) -> list[int]:
+        shards: list[int] = np.unique(rows // self.order.rows_per_shard).tolist()
         return shards
 
     def _fetch(self, shard: int) -> dict[str, Packed]:

@@ -429,13 +429,14 @@ def _kept(tags: pydicom.Dataset) -> dict[str, str | float]:
         try:
             if name in ("SliceThickness", "KVP"):
                 kept[name] = _number(tags, name)
-            elif name == "Manufacturer":
-                text = _text(tags, name)[:64]
+                continue
+            text = _text(tags, name)
+            if name == "Manufacturer":
                 for maker in _MAKERS:
                     if re.match(rf"{maker}\b", text, re.IGNORECASE):
                         kept[name] = maker
-            elif _KERNEL.fullmatch(_text(tags, name)[:64]):
-                kept[name] = _text(tags, name)
+            elif _KERNEL.fullmatch(text):
+                kept[name] = text
         except UnreadableCase:
             continue  # nothing depends on them
     return kept

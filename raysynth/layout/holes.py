@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Mask = NDArray[np.bool_]
+from raysynth.layout.morphology import Mask, bounding_box
+
 Kind = Literal["organ", "box", "free"]
 
 KINDS: dict[Kind, float] = {"organ": 0.5, "box": 0.25, "free": 0.25}
@@ -43,12 +44,7 @@ def box_hole(mask: Mask, margin_px: int) -> Mask:
     if not mask.any():
         raise ValueError("an empty mask has no box around it")
     hole = np.zeros_like(mask)
-    hole[
-        tuple(
-            slice(max(0, int(hit.min()) - margin_px), int(hit.max()) + 1 + margin_px)
-            for hit in np.nonzero(mask)
-        )
-    ] = True
+    hole[bounding_box(mask, (margin_px,) * mask.ndim)] = True
     return hole
 
 
@@ -98,9 +94,7 @@ def _stroke(hole: Mask, start: NDArray, stop: NDArray, radius: float) -> None:
     low = np.maximum(np.floor(np.minimum(start, stop) - radius), 0).astype(int)
     high = np.minimum(np.ceil(np.maximum(start, stop) + radius) + 1, hole.shape).astype(int)
     part = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    grid = np.stack(
-        np.meshgrid(*(np.arange(a, b) for a, b in zip(low, high, strict=True)), indexing="ij"), -1
-    )
+    grid = np.moveaxis(np.indices(high - low), 0, -1) + low
     line = stop - start
     along = np.clip((grid - start) @ line / max(float(line @ line), 1e-12), 0, 1)
     hole[part] |= np.linalg.norm(grid - start - along[..., None] * line, axis=-1) <= radius

@@ -153,6 +153,13 @@ def test_workers_share_the_order_of_one(numbered: SampleSet, world_size: int) ->
             np.testing.assert_array_equal(together[name][order], values)
 
 
+def test_a_stream_can_be_read_again(numbered: SampleSet) -> None:
+    source = stream(numbered)
+    first, again = take(source, 4), take(source, 4)
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one["hu"], other["hu"])
+
+
 def test_a_resumed_stream_goes_on_where_it_stopped(numbered: SampleSet) -> None:
     uninterrupted = take(stream(numbered), 15)
     resumed = take(stream(numbered), 5, seen=10 * 16)

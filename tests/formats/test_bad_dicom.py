@@ -12,6 +12,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,6 @@ from tests.formats.dicom_files import (
     encapsulated,
     inserted,
     joined,
-    jpeg2000,
     put,
     run_length,
     run_mutants,
@@ -98,19 +98,12 @@ def wrapped(wrap: Callable[[bytes], bytes]) -> Damage:
     return lambda raw: coded(RLELossless, wrap(run_length(pixels(raw))))(raw)
 
 
-def rle(change: Callable[[bytes], bytes]) -> Damage:
-    """The slice run-length coded, and its frame changed."""
-    return wrapped(lambda frame: encapsulated(change(frame)))
-
-
-def j2k(change: Callable[[bytes], bytes]) -> Damage:
-    """The slice in JPEG 2000, and its codestream changed."""
-    return lambda raw: coded(JPEG2000Lossless, encapsulated(change(jpeg2000(pixels(raw)))))(raw)
-
-
 def recoded(syntax: str, change: Callable[[bytes], bytes]) -> Damage:
     """The slice in a coding, and its codestream changed."""
     return lambda raw: coded(syntax, encapsulated(change(CODERS[syntax](pixels(raw)))))(raw)
+
+
+rle, j2k = partial(recoded, RLELossless), partial(recoded, JPEG2000Lossless)
 
 
 def frame_of(codestream: bytes) -> int:
