@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,12 @@ from raysynth.layout.foreign import nodules_of, translate
 from raysynth.phantom.patient import phantom_case
 from raysynth.seeding import fingerprint, load_key, pseudonym
 from raysynth.store.splits import assign_splits, listed_splits
+
+ITEMS_PER_TASK = 500
+"""A second's work or less: headers of files are read in about 2 ms each."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 _Named = tuple[str, Path]
 """An image file after its name: its place in the folder without suffix."""
@@ -172,7 +179,7 @@ def _list_phantoms(source: PhantomSource, config: ExperimentConfig) -> list[Case
 def _list_dicom(
     source: LidcSource | DicomSource, config: ExperimentConfig
 ) -> tuple[list[CaseRef], list[Refusal]]:
-    series, refused = find_series(_folder(source.path, "path"))
+    series, refused = find_series(_folder(source.path, "path"), _on_cluster)
     if not series:
         there = f"only unusable files ({refused[0].reason})" if refused else "no CT series"
         raise InputError(
@@ -251,6 +258,19 @@ def _pairs(
                 )
             )
     return pairs, refused
+
+
+def _on_cluster(
+    work: Callable[[Sequence[_Item]], list[_Result]], items: Sequence[_Item]
+) -> list[_Result]:
+    """Does work on a list in parts, on all cores of the Ray cluster; a short one is done here."""
+    parts = [items[at : at + ITEMS_PER_TASK] for at in range(0, len(items), ITEMS_PER_TASK)]
+    import ray
+
+    if len(parts) <= 1 or not ray.is_initialized():
+        return work(items)
+    task = ray.remote(work)
+    return [result for part in ray.get([task.remote(part) for part in parts]) for result in part]
 
 
 def _splits(patient_ids: list[str], config: ExperimentConfig) -> dict[str, Split]:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pydicom
 from pydicom.config import disable_value_validation
@@ -32,6 +32,9 @@ MAX_VALUE_BYTES = 1 << 16
 """Of a tag that is used: an explicit VR could not say more of most of them."""
 
 _CHARACTER_SET, _PIXEL_DATA = 0x00080005, 0x7FE00010
+
+_PIXEL_KINDS = ("OW", "OB", "UN", None)
+"""Value representations of PixelData; None: the file does not tell any."""
 
 _READ_BYTES = 64
 """What a read counts for at least: a header has room for some 30,000 elements."""
@@ -83,27 +86,51 @@ def hushed() -> Iterator[None]:
         log.setLevel(level)
 
 
-def parse_file(
-    path: Path, names: Collection[str], pixel_bytes: int = 0
-) -> tuple[pydicom.Dataset, str]:
-    """Some tags of a file, not converted yet, and its transfer syntax.
+class Place(NamedTuple):
+    """Where a value begins in its file, and its bytes; None: it comes in pieces, up to a mark."""
+
+    start: int
+    length: int | None
+
+
+class Parsed(NamedTuple):
+    """The wanted tags, not converted yet; the transfer syntax; where the pixels are, if met."""
+
+    tags: pydicom.Dataset
+    transfer_syntax: str
+    pixels: Place | None
+
+
+def parse_file(path: Path, names: Collection[str], pixel_bytes: int | None = None) -> Parsed:
+    """Some tags of a file.
 
     Args:
         path: the file.
         names: keywords of the tags that are wanted. Reading ends with the last of them.
-        pixel_bytes: that PixelData may have at most, if it is among them.
+        pixel_bytes: that PixelData may have at most, if it is among them; None: only its place is
+            looked for.
 
     Raises:
         UnreadableCase: the file cannot be opened, is no DICOM, damaged, deflated or out of bounds.
     """
     wanted = {tag_for_keyword(name) or 0 for name in names}
     last = max(wanted)
+    read = sorted(wanted - {_PIXEL_DATA} if pixel_bytes is None else wanted)
+    pixels: Place | None = None
 
-    def is_past(told: BaseTag, _: str | None, length: int) -> bool:
+    def is_past(told: BaseTag, kind: str | None, length: int) -> bool:
+        nonlocal pixels
         tag = int(told)  # whose comparisons are fast
         if tag > last:
             return True
-        if tag == _PIXEL_DATA:
+        if tag == _PIXEL_DATA and pixel_bytes is None:
+            once = pixels is None and kind in _PIXEL_KINDS
+            require(once, "pixel-data", "pixels stand there twice, or as something else")
+            pixels = Place(file.tell(), None if length == _UNDEFINED else length)
+            return pixels.length is None
+        if pixels is not None:  # behind them nothing counts
+            return True
+        if tag == _PIXEL_DATA and pixel_bytes is not None:
             require(
                 length in (_UNDEFINED, min(length, pixel_bytes)),
                 "pixel-data",
@@ -122,10 +149,10 @@ def parse_file(
     except OSError as error:
         raise UnreadableCase("unreadable", f"a file cannot be read: {error.strerror}") from None
     # Pixels in pieces may be read twice: measured, then taken.
-    bounded = _Bounded(file, MAX_HEADER_BYTES + 2 * pixel_bytes)
+    bounded = _Bounded(file, MAX_HEADER_BYTES + 2 * (pixel_bytes or 0))
     with file:
         try:
-            tags = read_partial(bounded, is_past, specific_tags=sorted(wanted))  # type: ignore[arg-type]
+            tags = read_partial(bounded, is_past, specific_tags=read)  # type: ignore[arg-type]
             syntax, failure = str(tags.file_meta.TransferSyntaxUID), ""
         except UnreadableCase:
             raise
@@ -139,7 +166,7 @@ def parse_file(
         f"a header of over {MAX_HEADER_BYTES} bytes, or one that leads back and forth",
     )
     require(not failure, "not-dicom", f"a file is damaged or no DICOM ({failure})")
-    return tags, syntax
+    return Parsed(tags, syntax, pixels)
 
 
 class _Bounded:

@@ -21,7 +21,7 @@ from pydicom import uid as uids
 from pydicom.encaps import get_frame
 
 from raysynth.errors import UnreadableCase
-from raysynth.formats.dicom_file import parse_file
+from raysynth.formats.dicom_file import MAX_FILE_BYTES, Place, open_regular, parse_file
 from raysynth.formats.dicom_file import require as require
 from raysynth.volume import AIR_HU
 
@@ -41,6 +41,8 @@ _KERNEL = re.compile(
 PADDING_HU = -2000
 """At or below it a voxel was never measured: air is -1000, and noise stays above -2000. LIDC series
 pad with -2048 HU while their PixelPaddingValue names another value, which they do not contain."""
+
+INT16 = np.iinfo(np.int16)
 
 MAX_SIDE = 4096
 MAX_ORIGIN_MM = 1e5
@@ -86,6 +88,7 @@ _HEADER_TAGS = (
     "RescaleSlope",
     "RescaleIntercept",
     "RescaleType",
+    "PixelData",
     *KEPT_TAGS,
 )
 
@@ -114,6 +117,7 @@ class SliceHeader:
         pixel_mm: distance of rows and of columns.
         bits_stored: low bits of each 16-bit pixel that carry its value.
         padding: stored value that stands for "not measured", if it cannot be tissue.
+        pixels: where they are in the file.
         kept: the values of `KEPT_TAGS` that are present.
     """
 
@@ -130,6 +134,7 @@ class SliceHeader:
     slope: float
     intercept: float
     padding: int | None
+    pixels: Place
     kept: dict[str, str | float]
 
     @property
@@ -145,7 +150,7 @@ def identify(path: Path) -> tuple[str, str] | None:
     Raises:
         UnreadableCase: the file is no DICOM, or damaged.
     """
-    tags, _ = parse_file(path, _IDENTITY_TAGS)
+    tags = parse_file(path, _IDENTITY_TAGS).tags
     kind = uids.UID(_text(tags, "SOPClassUID"))
     # Only what DICOM knows as another kind may be passed over: a damaged slice may not.
     require(kind.type == "SOP Class", "unknown-kind", "SOPClassUID is missing or names no kind")
@@ -167,7 +172,7 @@ def read_header(path: Path) -> SliceHeader:
     Raises:
         UnreadableCase: the slice breaks a rule.
     """
-    tags, transfer_syntax = parse_file(path, _HEADER_TAGS)
+    tags, transfer_syntax, pixels = parse_file(path, _HEADER_TAGS)
     _check_kind(tags)
     require(
         transfer_syntax in _TRANSFER_SYNTAXES,
@@ -202,6 +207,7 @@ def read_header(path: Path) -> SliceHeader:
         slope=slope,
         intercept=intercept,
         padding=padding,
+        pixels=_checked_place(pixels, transfer_syntax, shape),
         kept=_kept(tags),
     )
 
@@ -213,41 +219,42 @@ def read_hu(header: SliceHeader) -> NDArray[np.int16]:
         UnreadableCase: the pixels are missing, cut, undecodable or no Hounsfield units.
     """
     stored = _stored_pixels(header)
-    if header.slope == 1 and header.intercept.is_integer():
-        hu = np.add(stored, int(header.intercept), dtype=np.int32)
+    lowest, highest = (
+        round(int(extreme) * header.slope + header.intercept)
+        for extreme in (stored.min(), stored.max())
+    )
+    require(highest <= INT16.max, "hu-range", f"a slice reaches {highest} HU")
+    if header.slope == 1 and header.intercept.is_integer() and lowest >= INT16.min:
+        # What overflows on the way comes back, as the sum itself does not.
+        hu = stored.view(np.int16) + np.int64(header.intercept).astype(np.int16)
     else:
-        hu = np.rint(stored * np.float64(header.slope) + header.intercept).astype(np.int32)
-    lowest, highest = int(hu.min()), int(hu.max())
-    require(highest <= np.iinfo(np.int16).max, "hu-range", f"a slice reaches {highest} HU")
+        exact = np.rint(stored * np.float64(header.slope) + header.intercept)
+        hu = exact.clip(PADDING_HU, None).astype(np.int16)
     if lowest <= PADDING_HU:
-        hu[hu <= PADDING_HU] = AIR_HU
+        np.copyto(hu, AIR_HU, where=hu <= PADDING_HU)
     if header.padding is not None:
-        hu[stored == header.padding] = AIR_HU
-    return hu.astype(np.int16)
+        np.copyto(hu, AIR_HU, where=stored == header.padding)
+    return hu
 
 
 def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
     """Stored values, (y, x), with the bits above BitsStored (once used for overlays) put right."""
     rows, columns = header.shape
-    # No coding without loss takes so much; of plain pixels, what follows the image is left out.
-    most_bytes = 8 * rows * columns + (1 << 16)
-    tags, _ = parse_file(header.path, ("PixelData",), most_bytes)
     pixels: NDArray[Any]
     try:
-        data = tags.PixelData
-        is_plain = header.transfer_syntax in _PLAIN
-        require(
-            tags["PixelData"].is_undefined_length != is_plain,
-            "pixel-data",
-            "the pixels are not in the coding that the file names",
-        )
-        if header.transfer_syntax == uids.RLELossless:
-            pixels = _unpack_rle(get_frame(data, 0, number_of_frames=1), rows * columns)
-        elif is_plain:
+        if header.transfer_syntax in _PLAIN:
             order = ">" if header.transfer_syntax == uids.ExplicitVRBigEndian else "<"
-            pixels = np.frombuffer(data, f"{order}u2", rows * columns)
+            # What follows the image is left out.
+            data = _read_at(header.path, header.pixels.start, 2 * rows * columns)
+            pixels = np.frombuffer(data, f"{order}u2")
         else:
-            pixels = _decode(get_frame(data, 0, number_of_frames=1), header)
+            most_bytes = _most_bytes(header.shape)
+            data = parse_file(header.path, ("PixelData",), most_bytes).tags.PixelData
+            frame = get_frame(data, 0, number_of_frames=1)
+            if header.transfer_syntax == uids.RLELossless:
+                pixels = _unpack_rle(frame, rows * columns)
+            else:
+                pixels = _decode(frame, header)
         pixels = pixels.reshape(rows, columns).astype(np.uint16, copy=False)
     except UnreadableCase:
         raise
@@ -261,6 +268,17 @@ def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
         pixels = pixels << spare
         return (pixels.view(np.int16) if header.is_signed else pixels) >> spare
     return pixels.view(np.int16) if header.is_signed else pixels
+
+
+def _most_bytes(shape: tuple[int, int]) -> int:
+    """Of the pixels of one image: no coding without loss takes so much."""
+    return 8 * shape[0] * shape[1] + (1 << 16)
+
+
+def _read_at(path: Path, start: int, size: int) -> bytes:
+    with open_regular(path, MAX_FILE_BYTES) as file:
+        file.seek(start)
+        return file.read(size)
 
 
 def _decode(codestream: bytes, header: SliceHeader) -> NDArray[Any]:
@@ -372,6 +390,26 @@ def _pixel_format(tags: pydicom.Dataset) -> tuple[tuple[int, int], int]:
         f"{stored} bits in {allocated}: only the low bits of 16-bit pixels can be read",
     )
     return (rows, columns), stored
+
+
+def _checked_place(pixels: Place | None, transfer_syntax: str, shape: tuple[int, int]) -> Place:
+    require(pixels is not None, "pixel-data", "a slice without pixels: is the file cut?")
+    assert pixels is not None
+    is_plain = transfer_syntax in _PLAIN
+    require(
+        (pixels.length is not None) == is_plain,
+        "pixel-data",
+        "the pixels are not in the coding that the file names",
+    )
+    if pixels.length is not None:
+        least, most = 2 * shape[0] * shape[1], _most_bytes(shape)
+        require(
+            least <= pixels.length <= most,
+            "pixel-data",
+            f"{pixels.length} bytes of pixels, {least} are needed: is the file cut, or the image "
+            "another?",
+        )
+    return pixels
 
 
 def _position(tags: pydicom.Dataset) -> NDArray[np.float64]:

@@ -17,6 +17,8 @@ from raysynth.layout.morphology import (
     Mask,
     block_mean,
     coarsening,
+    dilate,
+    erode,
     largest_component,
     open_planes,
     refine,
@@ -56,23 +58,27 @@ def segment_anatomy(volume: Volume) -> NDArray[np.uint8]:
     body = _find_body(coarse, coarse_mm)
     air = lung_candidates(coarse, body & (coarse < AIR_HU), coarse_mm)
     lumen = _lumen(hu, volume.spacing_mm, body, air, factors)
-    wall = _outer(block_mean(lumen, factors) > 0)
+    wall = dilate(block_mean(lumen, factors) > 0)
     left, right = _find_lungs(coarse, air & ~wall, body & ~wall, coarse_mm)
 
     blocks = _Blocks(
-        body=_inner(body),
-        body_edge=_outer(body),
-        left=_inner(left.closed) | (left.closed & ~left.air),
-        left_edge=_outer(left.closed) & ~right.closed,
-        right=_inner(right.closed) | (right.closed & ~right.air),
-        right_edge=_outer(right.closed) & ~left.closed,
+        body=erode(body),
+        body_edge=dilate(body),
+        left=erode(left.closed) | (left.closed & ~left.air),
+        left_edge=dilate(left.closed) & ~right.closed,
+        right=erode(right.closed) | (right.closed & ~right.air),
+        right_edge=dilate(right.closed) & ~left.closed,
         wall=wall,
     )
     return _redraw(blocks, hu, factors)[turn]
 
 
 class _Blocks(NamedTuple):
-    """What the coarse grid says of each block of voxels: `edge`s leave it to the voxels' HU."""
+    """What the coarse grid says of each block of voxels: `edge`s leave it to the voxels' HU.
+
+    A shape's edge may run through every block whose neighbours do not all belong, and through
+    neighbours of the shape.
+    """
 
     body: Mask
     body_edge: Mask
@@ -93,14 +99,17 @@ def _redraw(
     every_code, tissue = np.arange(1 << len(blocks))[:, None], np.arange(3)
     bits = (every_code >> bit & 1 == 1 for bit in range(len(blocks)))
     table = _paint(_Blocks(*bits), bodily=tissue == 2, airy=tissue == 0)
+    labels = [column[codes] for column in table.T]
 
     layout = np.empty(hu.shape, np.uint8)
     for z, plane in enumerate(hu):
         if z % factors[0] == 0:
-            here = codes[z // factors[0]][None]
-            fine = refine(here, (1, *factors[1:]), (1, *plane.shape))[0].astype(np.intp) * 3
-        tissue_there = 1 + (plane > BODY_HU).view(np.int8) - (plane < AIR_HU).view(np.int8)
-        layout[z] = table.ravel()[fine + tissue_there]
+            block = slice(z // factors[0], z // factors[0] + 1)
+            airy, between, bodily = (
+                refine(label[block], (1, *factors[1:]), (1, *plane.shape))[0] for label in labels
+            )
+        layout[z] = np.where(plane > np.int16(BODY_HU), bodily, between)
+        np.copyto(layout[z], airy, where=plane < np.int16(AIR_HU))
     return layout
 
 
@@ -177,16 +186,6 @@ def _find_lungs(
     right_closed = close_lung(hu, right, free & ~left, spacing_mm)
     both = left_closed & right_closed  # the mediastinum where it is thin belongs to neither
     return _Lung(left, left_closed & ~both), _Lung(right, right_closed & ~both)
-
-
-def _inner(mask: Mask) -> Mask:
-    """Blocks whose neighbours all belong too: no edge of the shape runs through them."""
-    return ndimage.binary_erosion(mask, border_value=1)
-
-
-def _outer(mask: Mask) -> Mask:
-    """The mask and its neighbours: every block that an edge of the shape may run through."""
-    return ndimage.binary_dilation(mask)
 
 
 def _times(spacing_mm: Triple, factors: tuple[int, int, int]) -> Triple:

@@ -29,7 +29,7 @@ def lung_candidates(hu: NDArray[np.float32], air: Mask, spacing_mm: Triple) -> M
     """The parts of `air` that are large enough for a lung and no gas of the bowel."""
     labels, count = ndimage.label(air)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    empty = np.bincount(labels.ravel(), weights=(hu < GAS_HU).ravel(), minlength=count + 1)
+    empty = np.bincount(labels[hu < GAS_HU], minlength=count + 1)
     sizes_mm3 = sizes * float(np.prod(spacing_mm))
     keep = (sizes_mm3 >= GAS_MM3) | ((sizes_mm3 >= MIN_LUNG_MM3) & (empty < GAS_SHARE * sizes))
     keep[0] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,10 +48,34 @@ def shrink(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
     return ~grow(~mask, radius_mm, spacing_mm)
 
 
+def dilate(mask: Mask, axes: Sequence[int] = (0, 1, 2)) -> Mask:
+    """The mask and its neighbours along some axes.
+
+    Shifted copies do in a tenth of the time what SciPy does voxel by voxel.
+    """
+    out = mask.copy()
+    for axis in axes:
+        from_, to = np.moveaxis(mask, axis, 0), np.moveaxis(out, axis, 0)
+        to[1:] |= from_[:-1]
+        to[:-1] |= from_[1:]
+    return out
+
+
+def erode(mask: Mask, axes: Sequence[int] = (0, 1, 2)) -> Mask:
+    """Voxels whose neighbours along some axes all belong too; beyond the grid counts as inside."""
+    return ~dilate(~mask, axes)
+
+
 def open_planes(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
     """The mask without what is thinner than about `2 * radius_mm` in its axial plane."""
     steps = max(1, round(radius_mm / min(spacing_mm[1:])))
-    return ndimage.binary_opening(mask, IN_PLANE, iterations=steps)
+    for _ in range(steps):
+        mask = erode(mask, (1, 2))
+        # Beyond the grid counts as outside here.
+        mask[:, [0, -1]] = mask[:, :, [0, -1]] = False
+    for _ in range(steps):
+        mask = dilate(mask, (1, 2))
+    return mask
 
 
 def close_mask(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
@@ -92,11 +117,23 @@ def block_mean(values: NDArray[Any], factors: tuple[int, int, int]) -> NDArray[n
     pad_y, pad_x = -values.shape[1] % fy, -values.shape[2] % fx
     means = []
     for start in range(0, len(values), fz):  # a float copy of the whole scan would be 150 MB
-        block = values[start : start + fz].mean(axis=0, dtype=np.float32)
-        block = np.pad(block, ((0, pad_y), (0, pad_x)), mode="edge")
-        rows = np.stack([block[offset::fy] for offset in range(fy)]).mean(axis=0)
-        means.append(np.stack([rows[:, offset::fx] for offset in range(fx)]).mean(axis=0))
+        planes = _mean([plane.astype(np.float32) for plane in values[start : start + fz]])
+        if pad_y or pad_x:
+            planes = np.pad(planes, ((0, pad_y), (0, pad_x)), mode="edge")
+        rows = _mean([planes[offset::fy] for offset in range(fy)])
+        means.append(_mean([rows[:, offset::fx] for offset in range(fx)]))
     return np.stack(means)
+
+
+def _mean(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Of a few arrays, without a copy of them all."""
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
+        total += part
+    total /= np.float32(len(parts))
+    return total
 
 
 def refine(
@@ -104,7 +141,7 @@ def refine(
 ) -> NDArray[Value]:
     """Gives every voxel of a grid of `shape` its block's value, the reverse of `block_mean`."""
     fine = blocks
-    for axis, (factor, size) in enumerate(zip(factors, shape, strict=True)):
-        fine = np.repeat(fine, factor, axis=axis) if factor > 1 else fine
-        fine = fine[(slice(None),) * axis + (slice(0, size),)]
+    for axis in (2, 1, 0):  # repeating whole rows and planes is the cheaper part
+        fine = np.repeat(fine, factors[axis], axis=axis) if factors[axis] > 1 else fine
+        fine = fine[(slice(None),) * axis + (slice(0, shape[axis]),)]
     return fine

@@ -1,7 +1,8 @@
-"""Reads stored arrays: fetches a shard in one call, checks it, decodes its chunks in place.
+"""Reads and writes stored arrays shard by shard: one call for each, chunks decoded in place.
 
-zarr-python reads the same arrays, several times slower. Only the store's own codecs are known here
-(sharding, blosc lz4, CRC32C), so a foreign array is refused and none of its codecs is ever run.
+zarr-python reads and writes the same arrays, several times slower. Only the store's own codecs are
+known here (sharding, blosc lz4, CRC32C), so a foreign array is refused and none of its codecs is
+ever run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from storage_schema.v1 import MAX_SHARD_BYTES
 SHARDS_AT_ONCE = 16
 """Shards fetched together: enough to hide an object store's delay, few enough for memory."""
 
+WRITTEN_AT_ONCE = 4
+"""Shards encoded in memory and stored together."""
+
 MAX_AXES, MAX_LENGTH = 8, 2**40
 """Of an array, and of an axis."""
 
@@ -55,7 +59,7 @@ class Packed:
 
 
 class ShardedArray:
-    """One stored array, read along its first axis.
+    """One stored array, read and written along its first axis.
 
     Attributes:
         path: of the array in the store.
@@ -117,6 +121,28 @@ class ShardedArray:
         self._decode(packed.shards, packed.start, out)
         return out
 
+    def write(self, start: int, rows: NDArray) -> None:
+        """Writes whole shards of the first axis; the last of them may end with the array.
+
+        Every chunk is stored, of the fill value too: what is absent was never written.
+
+        Args:
+            start: where the rows go: the first row of a shard.
+            rows: of the array's own data type, whole along the other axes.
+        """
+        stop = start + len(rows)
+        starts_one = start % self.shard[0] == 0
+        ends_one = stop == self.shape[0] or (stop % self.shard[0] == 0 and stop < self.shape[0])
+        assert starts_one and ends_one, (  # noqa: PT018 - one rule
+            f"rows [{start}, {stop}) of {self.path} are not whole shards of {self.shard[0]} rows"
+        )
+        assert rows.dtype == self.dtype, f"{self.path} is {self.dtype}, not {rows.dtype}"
+        assert rows.shape[1:] == self.shape[1:], f"{self.path}: rows of {rows.shape[1:]}"
+        positions = self._shards_of(start, stop)
+        while batch := list(itertools.islice(positions, WRITTEN_AT_ONCE)):
+            encoded = {self._key(one): self._encode_shard(rows, one, start) for one in batch}
+            sync(_store_all(self._store, encoded))
+
     def _check_rows(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.shape[0]:
             raise IndexError(f"rows [{start}, {stop}) of {self.shape[0]} in {self.path}")
@@ -155,7 +181,7 @@ class ShardedArray:
         return _product((first, *others))
 
     def _fetch(self, positions: Sequence[Position]) -> dict[Position, NDArray[np.uint8]]:
-        keys = ["/".join((self.path, "c", *map(str, position))) for position in positions]
+        keys = [self._key(position) for position in positions]
         try:
             fetched = sync(_fetch_all(self._store, keys))
         except (icechunk.IcechunkError, OSError) as error:
@@ -179,22 +205,9 @@ class ShardedArray:
         self, data: NDArray[np.uint8], position: Position, start: int, out: NDArray
     ) -> None:
         """Decodes the chunks of one shard that fall into `out`, whose first row is `start`."""
-        grid = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
-        entries = _read_index(data, grid, self._where(position))
-        for place in np.ndindex(grid):
+        entries = _read_index(data, self._grid, self._where(position))
+        for place, origin, target in self._chunks_of(position, start, out.shape):
             offset, size = (int(value) for value in entries[place])
-            origin = [
-                p * s + q * c
-                for p, s, q, c in zip(position, self.shard, place, self.chunk, strict=True)
-            ]
-            origin[0] -= start
-            target = tuple(
-                slice(max(o, 0), min(o + c, n))
-                for o, c, n in zip(origin, self.chunk, out.shape, strict=True)
-            )
-            inside = all(part.start < part.stop for part in target)
-            if not inside:
-                continue
             if (offset, size) == (ABSENT, ABSENT):
                 raise DamagedStore(f"{self._where(position)} was written in part only: {REMEDY}")
             if offset + size > data.size:
@@ -210,6 +223,52 @@ class ShardedArray:
                 slice(t.start - o, t.stop - o) for t, o in zip(target, origin, strict=True)
             )
             out[target] = chunk[part]
+
+    def _encode_shard(self, rows: NDArray, position: Position, start: int) -> bytes:
+        """One shard of the rows, the first of which is the array's row `start`."""
+        index = np.full((*self._grid, 2), ABSENT, "<u8")
+        parts: list[bytes] = []
+        offset = 0
+        for place, _, source in self._chunks_of(position, start, rows.shape):
+            chunk = np.ascontiguousarray(rows[source])
+            if chunk.shape != self.chunk:  # the array ends within it
+                whole = np.zeros(self.chunk, self.dtype)
+                whole[tuple(slice(size) for size in chunk.shape)] = chunk
+                chunk = whole
+            encoded = _with_checksum(_pack(chunk))
+            index[place] = offset, sum(map(len, encoded))
+            offset += int(index[place][1])
+            parts += encoded
+        return b"".join([*parts, *_with_checksum(index.tobytes())])
+
+    def _chunks_of(
+        self, position: Position, start: int, shape: tuple[int, ...]
+    ) -> Iterator[tuple[Position, list[int], tuple[slice, ...]]]:
+        """The chunks of one shard that fall into rows of `shape`, the first of which is `start`.
+
+        Yields:
+            The chunk's place in the shard, its first voxel in the rows, and its part of them.
+        """
+        for place in np.ndindex(self._grid):
+            origin = [
+                p * s + q * c
+                for p, s, q, c in zip(position, self.shard, place, self.chunk, strict=True)
+            ]
+            origin[0] -= start
+            target = tuple(
+                slice(max(o, 0), min(o + c, n))
+                for o, c, n in zip(origin, self.chunk, shape, strict=True)
+            )
+            if all(part.start < part.stop for part in target):
+                yield place, origin, target
+
+    @property
+    def _grid(self) -> tuple[int, ...]:
+        """Chunks along each axis of a shard."""
+        return tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
+
+    def _key(self, position: Position) -> str:
+        return "/".join((self.path, "c", *map(str, position)))
 
     def _decode_chunk(self, encoded: NDArray[np.uint8], chunk: NDArray, position: Position) -> None:
         payload = _without_checksum(encoded, self._where(position))
@@ -231,6 +290,21 @@ async def _fetch_all(store: Store, keys: Sequence[str]) -> list[NDArray[np.uint8
     prototype = default_buffer_prototype()
     buffers = await asyncio.gather(*(store.get(key, prototype) for key in keys))
     return [None if buffer is None else buffer.as_numpy_array() for buffer in buffers]
+
+
+async def _store_all(store: Store, shards: Mapping[str, bytes]) -> None:
+    wrap = default_buffer_prototype().buffer.from_bytes
+    await asyncio.gather(*(store.set(key, wrap(data)) for key, data in shards.items()))
+
+
+def _pack(chunk: NDArray) -> bytes:
+    # As `storage_schema.spec.inner_codecs` says.
+    packed: bytes = blosc.compress(chunk, b"lz4", 5, blosc.SHUFFLE, 0, chunk.itemsize)
+    return packed
+
+
+def _with_checksum(payload: bytes) -> tuple[bytes, bytes]:
+    return payload, google_crc32c.value(payload).to_bytes(CRC_BYTES, "little")
 
 
 def _read_metadata(store: Store, path: str) -> dict[str, Any]:

@@ -14,11 +14,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from raysynth.case import LUNG_LABELS, Case, Nodule
 from raysynth.seeding import fingerprint
+from raysynth.store.shards import ShardedArray
 from storage_schema.spec import ITEM_BYTES, ArraySpec, GroupSpec
 from storage_schema.v1 import volume
-
-SHARDS_AT_ONCE = 4
-"""Along the first axis of a volume."""
 
 
 def create_volume(root: zarr.Group, case: Case) -> zarr.Group:
@@ -35,18 +33,10 @@ def create_volume(root: zarr.Group, case: Case) -> zarr.Group:
 
 
 def write_volume(group: zarr.Group, case: Case) -> None:
-    """Fills the arrays that `create_volume` made, some shards at a time."""
-    _write_planes(_array(group, "hu"), case.volume.hu)
+    """Fills the arrays that `create_volume` made."""
+    _array(group, "hu").write(0, case.volume.hu)
     if case.layout is not None:
-        _write_planes(_array(group, "layout"), case.layout)
-
-
-def _write_planes(array: zarr.Array, values: NDArray) -> None:
-    # Written at once, all shards would lie in memory encoded.
-    assert array.shards is not None
-    step = SHARDS_AT_ONCE * array.shards[0]
-    for start in range(0, len(values), step):
-        array[start : start + step] = values[start : start + step]
+        _array(group, "layout").write(0, case.layout)
 
 
 def create_sample_set(
@@ -75,17 +65,7 @@ def write_rows(group: zarr.Group, first_row: int, arrays: Mapping[str, NDArray])
     counts = {len(rows) for rows in arrays.values()}
     assert len(counts) == 1, f"arrays of unequal length: {counts}"
     for name, rows in arrays.items():
-        array = _array(group, name)
-        stop = first_row + len(rows)
-        assert array.shards is not None
-        per_shard = array.shards[0]
-        starts_one = first_row % per_shard == 0
-        ends_one = stop == array.shape[0] or (stop % per_shard == 0 and stop < array.shape[0])
-        assert starts_one and ends_one, (  # noqa: PT018 - one rule
-            f"rows [{first_row}, {stop}) of {name} are not whole shards of {per_shard} rows"
-        )
-        assert rows.dtype == array.dtype, f"{name} is {array.dtype}, not {rows.dtype}"
-        array[first_row:stop] = rows
+        _array(group, name).write(first_row, rows)
 
 
 def set_index(group: zarr.Group, columns: Mapping[str, ArrayLike], first_row: int = 0) -> None:
@@ -215,12 +195,8 @@ def _create_array(group: zarr.Group, spec: ArraySpec) -> None:
     )
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
-    # Chunks that hold nothing but the fill value are stored too: what is absent was never written.
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        array = group[name]
-    assert isinstance(array, zarr.Array), name
-    return array
+def _array(group: zarr.Group, name: str) -> ShardedArray:
+    return ShardedArray(group.store, f"{group.path}/{name}")
 
 
 def _group(root: zarr.Group, name: str) -> zarr.Group:

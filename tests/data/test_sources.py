@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from raysynth.data import sources
 from raysynth.data.sources import list_cases
 from raysynth.errors import InputError
 from raysynth.seeding import load_key, pseudonym
@@ -43,6 +44,20 @@ def test_a_split_has_whole_patients_and_names_are_keyed(tmp_path: Path) -> None:
     for ref in refs:
         for secret in ("MRN-", "Doe_", "1.2.3.", str(tmp_path)):
             assert secret not in repr(ref)
+
+
+def test_the_cluster_lists_what_one_process_lists(
+    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for series in range(3):
+        uid, patient = f"1.2.3.{series}", f"MRN-{series}"
+        write_series(tmp_path / f"scans/{series}", small_volume(9), uid, patient)
+    (tmp_path / "scans/0/damaged.dcm").write_bytes(b"noise")
+    config = tiny_config(tmp_path, source={"kind": "lidc", "path": tmp_path / "scans"})
+    here = list_cases(config)
+    monkeypatch.setattr(sources, "ITEMS_PER_TASK", 5)
+    assert list_cases(config) == here
+    assert (len(here[0]), len(here[1])) == (3, 1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.abc.store import Store
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
@@ -20,7 +21,7 @@ from raysynth.store.reader import SampleSet, open_group, read_case
 from raysynth.store.repository import open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.shards import ShardedArray
-from raysynth.store.writer import _array, _create_array, create_sample_set, set_index, write_rows
+from raysynth.store.writer import _create_array, create_sample_set, set_index, write_rows
 from storage_schema.spec import ArraySpec
 from storage_schema.v1 import sample_set
 from tests.store.conftest import SET_ATTRIBUTES, invented_samples
@@ -48,14 +49,31 @@ def arrays(draw: st.DrawFn) -> tuple[ArraySpec, int, int]:
 def test_equals_zarr_python(array: tuple[ArraySpec, int, int], seed: int) -> None:
     spec, start, stop = array
     root = zarr.create_group(MemoryStore())
-    _create_array(root, spec)
     values = np.random.default_rng(seed).integers(0, 100, spec.shape).astype(spec.dtype)
-    _array(root, "x")[:] = values
-    array = ShardedArray(root.store, "x")
-    read = array.read(start, stop)
-    np.testing.assert_array_equal(read, root["x"][start:stop])
-    np.testing.assert_array_equal(array.unpack(array.fetch(start, stop)), read)
-    assert read.dtype == np.dtype(spec.dtype)
+    values[: len(values) // 2] = spec.fill
+    keys = []
+    for writer in (_write_with_zarr, ShardedArray.write):
+        _create_array(root, spec)
+        array = ShardedArray(root.store, "x")
+        writer(array, 0, values)
+        keys.append(sync(_keys(root.store)))
+        np.testing.assert_array_equal(root["x"][:], values)
+        read = array.read(start, stop)
+        np.testing.assert_array_equal(read, values[start:stop])
+        np.testing.assert_array_equal(array.unpack(array.fetch(start, stop)), read)
+        assert read.dtype == np.dtype(spec.dtype)
+        del root["x"]
+    assert keys[0] == keys[1]
+
+
+def _write_with_zarr(array: ShardedArray, _: int, values: np.ndarray) -> None:
+    # Chunks that hold nothing but the fill value are stored too.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        zarr.open_array(array._store, path=array.path)[:] = values
+
+
+async def _keys(store: Store) -> set[str]:
+    return {key async for key in store.list_prefix("x/c")}
 
 
 def test_what_nobody_wrote_does_not_read_as_air() -> None:
