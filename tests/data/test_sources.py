@@ -51,7 +51,8 @@ def test_the_cluster_lists_what_one_process_lists(
 ) -> None:
     for series in range(3):
         uid, patient = f"1.2.3.{series}", f"MRN-{series}"
-        write_series(tmp_path / f"scans/{series}", small_volume(9), uid, patient)
+        folder = tmp_path / f"scans/{series}"
+        write_series(folder, small_volume(9), series_uid=uid, patient_id=patient)
     (tmp_path / "scans/0/damaged.dcm").write_bytes(b"noise")
     config = tiny_config(tmp_path, source={"kind": "lidc", "path": tmp_path / "scans"})
     here = list_cases(config)
