@@ -140,6 +140,7 @@ def killed_once(steps: Path) -> Callable[[dict[str, Any]], object]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_workers_equal_one_even_if_one_is_killed(
     trained: Path,
