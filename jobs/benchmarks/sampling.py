@@ -28,7 +28,7 @@ from raysynth.condition import Condition
 from raysynth.config.model import LatentDiffusionConfig
 from raysynth.diffusion.schedule import build_schedule
 from raysynth.models.conditioner import ConditionBatch, EncodedCondition, collate
-from raysynth.models.denoiser import LatentDenoiser, build_denoiser
+from raysynth.models.denoiser import Denoiser, build_denoiser
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 
 LATENT_SHAPE, SAMPLE_SIZE = (4, 16, 16), 64
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     return int(missed)
 
 
-def _network() -> LatentDenoiser:
+def _network() -> Denoiser:
     torch.manual_seed(0)
     config = LatentDiffusionConfig(
         autoencoder="none",
@@ -96,7 +96,7 @@ def _request(number: int, steps: int, guidance_scale: float) -> SampleRequest:
     return SampleRequest(f"{number}", number, condition, "ddim", steps, guidance_scale)
 
 
-def _comparisons(denoiser: LatentDenoiser, guidance_scale: float) -> list[Comparison]:
+def _comparisons(denoiser: Denoiser, guidance_scale: float) -> list[Comparison]:
     one = [_request(0, 50, guidance_scale)]
     mixed = [_request(i, steps, guidance_scale) for i, steps in enumerate(MIXED_STEPS)]
     # Copies: engines change their network's memory format.
@@ -155,7 +155,7 @@ def _drawn(engine: SamplingEngine, requests: list[SampleRequest]) -> Latents:
 class _DiffusersLoops:
     """What careful users of diffusers write: one batched call a step, conditions encoded once."""
 
-    def __init__(self, denoiser: LatentDenoiser, guided: bool) -> None:
+    def __init__(self, denoiser: Denoiser, guided: bool) -> None:
         self.denoiser, self.network, self.guided = denoiser, denoiser.predict, guided
 
     def one_by_one(self, requests: list[SampleRequest]) -> Latents:
@@ -257,7 +257,7 @@ def _print_overhead() -> None:
         print(f"{name}: {1e6 * min(seconds) / 50:.0f} us a step besides the network")
 
 
-def _print_batch_curve(denoiser: LatentDenoiser) -> None:
+def _print_batch_curve(denoiser: Denoiser) -> None:
     """f(b): milliseconds a row of a network call, by rows. It says what batching can gain."""
     costs = []
     for rows in (1, 2, 4, 8, 16):

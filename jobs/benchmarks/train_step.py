@@ -31,10 +31,11 @@ from raysynth.diffusion.schedule import q_sample
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.conditioner import ConditionBatch
 from raysynth.models.denoiser import build_denoiser
+from raysynth.models.space import LatentSpace
 from raysynth.training.context import LocalContext
 from raysynth.training.history import HISTORY_FILE, read_history
 from raysynth.training.loop import RunFiles, fit
-from raysynth.training.objectives import Batch, LatentDiffusionObjective, condition_of, draw
+from raysynth.training.objectives import Batch, DiffusionObjective, condition_of, draw
 
 TARGET = 1.03
 LATENT_SHAPE, SAMPLE_SIZE, BATCH_SIZE, WARM_UP = (4, 16, 16), 64, 16, 5
@@ -126,12 +127,11 @@ class AlternatingStream:
         self.losses.append(loss.item())
 
 
-def _objective() -> LatentDiffusionObjective:
+def _objective() -> DiffusionObjective:
     torch.manual_seed(0)
     denoiser = build_denoiser(MODEL, LATENT_SHAPE[0], LATENT_SHAPE[1])
-    return LatentDiffusionObjective(
-        denoiser, build_autoencoder(AUTOENCODER), 1.0, config=MODEL, seed=0
-    )
+    space = LatentSpace(build_autoencoder(AUTOENCODER).eval(), 1.0)
+    return DiffusionObjective(denoiser, space, config=MODEL, seed=0)
 
 
 def _batch(step: int) -> Batch:

@@ -142,12 +142,13 @@ class SliceSamples(Section):
     spacing_mm: float = Field(0.7, gt=0)
     """Distance and thickness of planes, millimetres."""
     field_of_view_mm: float = Field(360.0, gt=0)
-    centre: Literal["lungs", "nodule"] = "lungs"
-    """Middle of the image. `nodule`: crops around nodules, and nothing else."""
+    centre: Literal["lungs", "nodule", "volume"] = "lungs"
+    """Middle of the image. `nodule`: crops around nodules, and nothing else. `volume`: every plane
+    counts, whether it shows lung or not: what organs of the abdomen need."""
     nodule_slices: Literal["centre", "all"] = "all"
     """Of a nodule: only the plane of its largest area, or every plane it crosses."""
     nodule_free_every: int = Field(4, ge=0)
-    """Keep one in so many lung planes that no nodule crosses; 0 keeps none."""
+    """Keep one in so many planes that show lung and that no nodule crosses; 0 keeps none."""
     min_nodule_mm: float = Field(0.0, ge=0)
     """Nodules below this diameter get no slices of their own."""
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from raysynth.config.base import Section
 from raysynth.config.data import DataConfig, SliceSamples
 from raysynth.config.evaluation import EvaluationConfig
-from raysynth.config.model import LatentDiffusionConfig, ModelConfig
+from raysynth.config.model import Diffusion, LatentDiffusionConfig, ModelConfig
 from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
 from raysynth.errors import InputError
@@ -120,7 +120,7 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _steps_fit_schedule(self) -> ExperimentConfig:
         steps = self.sampling.num_inference_steps
-        if isinstance(self.model, LatentDiffusionConfig) and steps > self.model.num_train_timesteps:
+        if isinstance(self.model, Diffusion) and steps > self.model.num_train_timesteps:
             raise ValueError(
                 f"sampling.num_inference_steps {steps} exceeds model.num_train_timesteps "
                 f"{self.model.num_train_timesteps}: use fewer steps"

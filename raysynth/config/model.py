@@ -11,6 +11,15 @@ from raysynth.config.base import Section
 
 Window = tuple[float, float]
 
+Organ = Literal["lung", "nodule", "liver", "kidney", "spleen", "tumour"]
+"""What a hole may be made of: lungs and kidneys are both sides."""
+
+
+def _check_window(window_hu: Window) -> None:
+    low, high = window_hu
+    if not low < high:
+        raise ValueError(f"window_hu {window_hu}: give (low, high) with low < high")
+
 
 class Autoencoder(Section):
     """Fields that both autoencoders share. `channels` has one entry a level, each level halves."""
@@ -28,9 +37,7 @@ class Autoencoder(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Autoencoder:
-        low, high = self.window_hu
-        if not low < high:
-            raise ValueError(f"window_hu {self.window_hu}: give (low, high) with low < high")
+        _check_window(self.window_hu)
         for width in self.channels:
             if width % self.norm_num_groups:
                 raise ValueError(
@@ -57,17 +64,9 @@ class VQVAEConfig(Autoencoder):
     commitment_weight: float = Field(0.25, ge=0)
 
 
-class LatentDiffusionConfig(Section):
-    """2D latent diffusion guided by a nodule box, attributes and the lungs (system A)."""
+class Diffusion(Section):
+    """Fields that all diffusion models share: the U-Net and the noise it is trained with."""
 
-    family: Literal["latent_diffusion"] = "latent_diffusion"
-    autoencoder: Path
-    """Bundle of a trained autoencoder; a relative path starts at the recipe's work_dir."""
-    conditioning: Literal[1, 2, 3, 4] = 4
-    """1: nodule mask at the input. 2: + mask in cross-attention. 3: + attributes in cross-attention
-    (all three as published). 4: + lung mask at the input (ours)."""
-    context: Literal["tokens", "single"] = "tokens"
-    """`single`: the published one-vector context. `tokens`: one token a mask patch and score."""
     channels: tuple[PositiveInt, ...] = Field((128, 256, 384, 512), min_length=1)
     attention_levels: tuple[bool, ...] = (False, True, True, True)
     num_res_blocks: int = Field(2, ge=1)
@@ -80,7 +79,7 @@ class LatentDiffusionConfig(Section):
     """Share of training samples whose condition is dropped, so that guidance is available."""
 
     @model_validator(mode="after")
-    def _check(self) -> LatentDiffusionConfig:
+    def _check(self) -> Diffusion:
         if len(self.channels) != len(self.attention_levels):
             raise ValueError(
                 f"attention_levels has {len(self.attention_levels)} entries and channels "
@@ -101,6 +100,117 @@ class LatentDiffusionConfig(Section):
         return int(2 ** (len(self.channels) - 1))
 
 
+class LatentDiffusionConfig(Diffusion):
+    """2D latent diffusion guided by a nodule box, attributes and the lungs (system A)."""
+
+    family: Literal["latent_diffusion"] = "latent_diffusion"
+    autoencoder: Path
+    """Bundle of a trained autoencoder; a relative path starts at the recipe's work_dir."""
+    conditioning: Literal[1, 2, 3, 4] = 4
+    """1: nodule mask at the input. 2: + mask in cross-attention. 3: + attributes in cross-attention
+    (all three as published). 4: + lung mask at the input (ours)."""
+    context: Literal["tokens", "single"] = "tokens"
+    """`single`: the published one-vector context. `tokens`: one token a mask patch and score."""
+
+
+class PixelDiffusion(Diffusion):
+    """Fields of models that denoise images themselves."""
+
+    window_hu: Window = (-1000.0, 400.0)
+    """HU that map to -1 and 1; what lies outside is clipped."""
+
+    @model_validator(mode="after")
+    def _check_its_window(self) -> PixelDiffusion:
+        _check_window(self.window_hu)
+        return self
+
+
+class SemanticDiffusionConfig(PixelDiffusion):
+    """2D diffusion of pixels, the layout's labels in the decoder's normalisations (system C)."""
+
+    family: Literal["semantic_diffusion"] = "semantic_diffusion"
+    layout_channels: PositiveInt = 128
+    """Hidden channels between the layout and each normalisation's scale and shift."""
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    condition_drop: float = Field(0.2, ge=0, lt=1)
+
+
+class HoleFilling(Section):
+    """A field of models that fill holes of slices."""
+
+    organs: tuple[Organ, ...] = Field(("lung", "liver", "kidney", "spleen", "tumour"), min_length=1)
+    """What holes are made of, each organ alone or several in one hole."""
+
+
+class InpaintingConfig(PixelDiffusion, HoleFilling):
+    """2D diffusion of pixels that fills holes of slices (system E)."""
+
+    family: Literal["inpainting"] = "inpainting"
+    outside_weight: float = Field(0.1, gt=0, le=1)
+    """Weight in the loss of a pixel outside the hole; inside it is 1."""
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
+
+
+class Gan(Section):
+    """Fields that generators trained against a discriminator share. They draw in one call."""
+
+    window_hu: Window = (-1000.0, 400.0)
+    """HU that map to -1 and 1; what lies outside is clipped."""
+    discriminator_channels: PositiveInt = 64
+    discriminator_rate: float = Field(1.0, gt=0)
+    """The discriminator's learning rate, in the generator's."""
+
+    @model_validator(mode="after")
+    def _check_its_window(self) -> Gan:
+        _check_window(self.window_hu)
+        return self
+
+
+class SpadeGanConfig(Gan):
+    """Normalisations that follow the layout (Park et al. 2019), system C's baseline."""
+
+    family: Literal["spade_gan"] = "spade_gan"
+    channels: tuple[PositiveInt, ...] = Field((64, 128, 256, 512, 1024, 1024), min_length=1)
+    """From the image's own size to the smallest; each level halves."""
+    layout_channels: PositiveInt = 128
+    num_discriminators: int = Field(2, ge=1)
+    """Each further one sees the image at half the size."""
+    discriminator_layers: int = Field(4, ge=2)
+    feature_weight: float = Field(10.0, ge=0)
+    """Of the distance between a discriminator's features of real and of generated images."""
+    discriminator_rate: float = Field(4.0, gt=0)
+
+    @property
+    def downsampling(self) -> int:
+        """Factor by which the smallest level is smaller than the image, per axis."""
+        return int(2 ** len(self.channels))
+
+
+class Pix2PixConfig(Gan, HoleFilling):
+    """A U-Net that fills holes in one call (Isola et al. 2017; system E's baseline)."""
+
+    family: Literal["pix2pix"] = "pix2pix"
+    channels: tuple[PositiveInt, ...] = Field((64, 128, 256, 512, 512, 512, 512), min_length=2)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    discriminator_layers: int = Field(3, ge=2)
+    l1_weight: float = Field(100.0, ge=0)
+
+    @property
+    def downsampling(self) -> int:
+        """Factor by which the smallest level is smaller than the image, per axis."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+DiffusionConfig = LatentDiffusionConfig | SemanticDiffusionConfig | InpaintingConfig
+GanConfig = SpadeGanConfig | Pix2PixConfig
+
 ModelConfig = Annotated[
-    AutoencoderKLConfig | VQVAEConfig | LatentDiffusionConfig, Field(discriminator="family")
+    AutoencoderKLConfig
+    | VQVAEConfig
+    | LatentDiffusionConfig
+    | SemanticDiffusionConfig
+    | InpaintingConfig
+    | SpadeGanConfig
+    | Pix2PixConfig,
+    Field(discriminator="family"),
 ]

@@ -13,6 +13,9 @@ SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]
 
 DRAWING = (
     "num_samples",
+    "nodule_free",
+    "hole",
+    "hole_margin_px",
     "sampler",
     "num_inference_steps",
     "guidance_scale",
@@ -29,6 +32,13 @@ class SamplingConfig(Section):
     """A batch run of the sampling engine."""
 
     num_samples: int = Field(2048, ge=1)
+    nodule_free: float = Field(0.0, ge=0, lt=1)
+    """Share of the samples that are asked for without any nodule."""
+    hole: Literal["organ", "box", "free", "new_tissue"] = "organ"
+    """Of models that fill holes: the organ itself; the box around it; strokes; or the outline of
+    another patient's tumour, put into the same organ of this one."""
+    hole_margin_px: int = Field(8, ge=0)
+    """Around the organ's box."""
     sampler: SamplerName = "ddim"
     num_inference_steps: int = Field(50, ge=1)
     guidance_scale: float = Field(1.0, ge=0)

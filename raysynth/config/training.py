@@ -29,6 +29,8 @@ class TrainingConfig(Section):
     """DeepSpeed ZeRO stage, for the engine `deepspeed`."""
     precision: Literal["fp32", "bf16"] = "fp32"
     learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of gradients and of their squares."""
     weight_decay: float = Field(0.0, ge=0)
     warmup_samples: int = Field(0, ge=0)
     """The learning rate rises linearly from 0 over so many samples."""

@@ -17,12 +17,12 @@ from raysynth.config import ExperimentConfig, LatentDiffusionConfig
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import Bundle, load_bundle
-from raysynth.preprocess.window import normalize
 from raysynth.seeding import fingerprint
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, write_rows
+from raysynth.window import normalize
 from storage_schema.v1 import latents
 
 BATCH_SIZE = 16
@@ -70,6 +70,7 @@ class _Encoder:
     def encode(self, hu: NDArray[np.int16]) -> NDArray[np.float16]:
         """Unscaled latents (n, c, h, w) of images (n, y, x)."""
         device = torch.device("cuda" if self.use_gpu else "cpu")
+        assert self.bundle.autoencoder is not None
         autoencoder = self.bundle.autoencoder.to(device)
         encoded = []
         with torch.inference_mode():
@@ -117,7 +118,13 @@ def latents_path(config: ExperimentConfig, digest: str) -> str:
 
 def _check(config: ExperimentConfig, autoencoder: Bundle, samples: SampleSet) -> None:
     """The set must look as what the autoencoder was trained on."""
-    factor = autoencoder.facts.autoencoder_config.downsampling
+    trained_as = autoencoder.facts.autoencoder_config
+    if trained_as is None:
+        raise InputError(
+            f"bundle {config.autoencoder_path} is a {autoencoder.config.family}, which works on "
+            "pixels: give model.autoencoder the bundle of an autoencoder"
+        )
+    factor = trained_as.downsampling
     for what, trained, given in (
         ("intensity", autoencoder.intensity, samples.attrs["intensity"]),
         ("pixel_mm", round(autoencoder.samples.pixel_mm, 6), round(samples.pixel_mm, 6)),

@@ -14,6 +14,7 @@ def diffusion_loss(
     x_0: Tensor,
     noise: Tensor,
     timestep: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of each sample's prediction, (B,) (Ho et al. 2020, eq. 14).
 
@@ -24,6 +25,11 @@ def diffusion_loss(
         x_0: clean samples.
         noise: the noise in x_t.
         timestep: integers (B,).
+        weight: of every pixel, (B, 1, ...); None: all count the same.
     """
     target = prediction_target(schedule, prediction_type, x_0, noise, timestep)
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    errors = (prediction.float() - target.float()).square()
+    if weight is None:
+        return errors.flatten(1).mean(dim=1)
+    weights = weight.expand_as(errors)
+    return (weights * errors).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from raysynth.config.model import LatentDiffusionConfig
+from raysynth.config.model import Diffusion
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]
@@ -37,7 +37,7 @@ class NoiseSchedule:
         return len(self.betas)
 
     @classmethod
-    def from_config(cls, config: LatentDiffusionConfig) -> NoiseSchedule:
+    def from_config(cls, config: Diffusion) -> NoiseSchedule:
         """The schedule a model is configured for."""
         return build_schedule(config.schedule, config.num_train_timesteps)
 

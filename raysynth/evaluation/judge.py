@@ -22,7 +22,7 @@ from raysynth.metrics.image import histogram_distance
 from raysynth.metrics.kernel import cubic_mmd2, gaussian_mmd2, kernel_distance, median_distance
 from raysynth.seeding import seed_of
 
-MIN_SAMPLES = 4
+MIN_SAMPLES = 8
 """Fewer samples on a side give no distance."""
 
 MAX_KERNEL_SAMPLES = 4096
@@ -42,7 +42,8 @@ class Arms:
     Attributes:
         real: every real sample, of all splits: the floor comes from them.
         reference: the real samples that others are judged by, the test split.
-        judged: `synthetic`, and the controls `untrained` and `shuffled` where there are any.
+        judged: `synthetic`, the controls `untrained` and `shuffled` where there are any, and the
+            real `neighbour`s of the reference for models that fill holes.
     """
 
     real: Arm
@@ -62,6 +63,7 @@ class MetricResult:
             None for too few patients to tell.
         untrained: of samples of an untrained model.
         shuffled: of samples drawn under each other's conditions.
+        neighbour: of the slices next to the reference's own: how near real slices come to them.
         disjoint: for each other column, whether its interval and the value's do not overlap.
         resampled: what the value's interval draws of the reference, `patients` or `samples`.
         reference_patients: patients of the reference.
@@ -82,6 +84,8 @@ class MetricResult:
     disjoint: dict[str, bool]
     resampled: str
     reference_patients: int
+    neighbour: float | None = None
+    neighbour_interval: Interval | None = None
     limit: float | None = None
     subset_std: float | None = None
 
@@ -176,13 +180,14 @@ def _result(
     value, interval = columns.pop("synthetic")
     synthetic = arms.judged["synthetic"].draw(n, np.random.default_rng(seed)).features
     limit = subset_std = None
-    if name == "fid" and n > 2 * MIN_SAMPLES:
+    if name == "fid" and n > MIN_SAMPLES:
         limit = frechet_limit(reference.features, synthetic, seed).value
     if name == "kid":
         kid = kernel_distance(reference.features, synthetic)
         value, subset_std = kid.mean, kid.std
     untrained, untrained_interval = columns.get("untrained", NO_COLUMN)
     shuffled, shuffled_interval = columns.get("shuffled", NO_COLUMN)
+    neighbour, neighbour_interval = columns.get("neighbour", NO_COLUMN)
     return MetricResult(
         value=value,
         interval=interval,
@@ -194,6 +199,8 @@ def _result(
         untrained_interval=untrained_interval,
         shuffled=shuffled,
         shuffled_interval=shuffled_interval,
+        neighbour=neighbour,
+        neighbour_interval=neighbour_interval,
         disjoint={column: _disjoint(interval, other) for column, (_, other) in columns.items()},
         resampled=reference.resampled,
         reference_patients=len(np.unique(reference.patients)),

@@ -38,6 +38,9 @@ ADHERENCE_COLUMNS = (
 Place = tuple[str, str]
 """A region (or tissue) and an extractor."""
 
+Computed = dict[Place, tuple[NDArray[np.int64], NDArray[np.float32]]]
+"""Rows and features of every region and extractor."""
+
 
 class Measures:
     """What was measured of a set of samples; workers measure shards and merge."""
@@ -89,7 +92,7 @@ class Measures:
             self._table(*place).merge(table)
         self.adherence.merge(other.adherence)
 
-    def compute(self) -> dict[Place, tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    def compute(self) -> Computed:
         """Rows and features of every region and extractor."""
         return {place: table.compute() for place, table in sorted(self.tables.items())}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.layout.holes import ORGANS
 from raysynth.sampling.adherence import NODULE_LUNG_LABELS
 from raysynth.volume import AIR_HU
 
@@ -34,7 +35,8 @@ def cut_regions(
 
     * `all`: the slice.
     * `lung`: all but lungs and nodule of the layout is air. The layout of a synthetic slice is what
-      was asked for, so a slice that ignores it shows chest wall there.
+      was asked for, so a slice that ignores it shows chest wall there. Likewise `liver`, `kidney`,
+      `spleen` and `tumour`. Slices whose layout lacks the organ are left out.
     * `nodule32` (`nodule16` for slices of less than 96 pixels): a crop around the box that was
       asked for or, of real slices, annotated. Slices without a box are left out.
 
@@ -44,14 +46,25 @@ def cut_regions(
         box: their boxes (n, 4), -1 for none.
     """
     every = np.arange(len(hu))
-    lung = np.where(np.isin(layout, NODULE_LUNG_LABELS), hu, np.int16(AIR_HU))
     boxed = np.flatnonzero(box[:, 0] >= 0)
     size = 32 if min(hu.shape[1:]) >= SMALL_IMAGE else 16
     return {
         "all": Region(hu, every),
-        "lung": Region(lung, every),
+        **_organs(hu, layout),
         f"nodule{size}": Region(_crops(hu[boxed], box[boxed], size), boxed),
     }
+
+
+def _organs(hu: NDArray[np.int16], layout: NDArray[np.uint8]) -> dict[str, Region]:
+    organs = {**ORGANS, "lung": NODULE_LUNG_LABELS}
+    del organs["nodule"]  # crops show more of it
+    regions = {}
+    for name, labels in organs.items():
+        mask = np.isin(layout, labels)
+        rows = np.flatnonzero(mask.any(axis=(1, 2)))
+        if len(rows):
+            regions[name] = Region(np.where(mask[rows], hu[rows], np.int16(AIR_HU)), rows)
+    return regions
 
 
 def _crops(hu: NDArray[np.int16], box: NDArray[np.int16], size: int) -> NDArray[np.int16]:

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from raysynth import __version__
 from raysynth.case import LUNG_LABELS, Label, Nodule
 from raysynth.condition import Box, Condition
-from raysynth.config import ExperimentConfig, LatentDiffusionConfig
+from raysynth.config import ExperimentConfig, Gan, HoleFilling, LatentDiffusionConfig
+from raysynth.config.model import Window
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION
 from raysynth.progress import stage_seconds
 from raysynth.report.html import Estimate, Losses, MetricRow, ReportData, Tile, write_report
+from raysynth.report.pictures import DISPLAY_WINDOW_HU
 from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.hosts import plan_inpainting
 from raysynth.sampling.planner import PlannedSample
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet, VolumeAttrs, case_attrs, open_group
@@ -63,8 +66,9 @@ def report(config: ExperimentConfig) -> Path:
     real = SampleSet(open_group(root, f"samples/{config.slices.name}"))
     synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))
     seconds, losses = _seconds(config), _losses(config)
-    frames = _denoising_tiles(config, synthetic)
-    phantoms = read_facts(config.bundle_path).sources == ("phantom",)
+    frames = _denoising_tiles(config, real, synthetic)
+    bundle = read_facts(config.bundle_path)
+    phantoms = bundle.sources == ("phantom",)
     reference = "phantom" if phantoms else "real"
     page = path.with_suffix(".html")
     write_report(
@@ -82,6 +86,7 @@ def report(config: ExperimentConfig) -> Path:
             adherence={
                 text.format(reference): _share(found["adherence"], name)
                 for name, text in NAMES.items()
+                if found["adherence"]["synthetic"]["n"]
             },
             requested_mm=np.array(found["sizes"]["synthetic"]["requested_mm"]),
             measured_mm=np.array(found["sizes"]["synthetic"]["measured_mm"]),
@@ -93,6 +98,7 @@ def report(config: ExperimentConfig) -> Path:
             recipe=yaml.safe_dump(config.shareable(), sort_keys=False),
             attribution=_attribution(config),
             limits=limits(found, (_detail(real), _detail(synthetic)), frames, losses),
+            window_hu=_display_window(bundle.window_hu),
         ),
         page,
     )
@@ -107,14 +113,17 @@ def _facts(
     synthetic: SampleSet,
 ) -> dict[str, str]:
     nodules = sum(len(case_attrs(root, case).nodules) for case in real.attrs["cases"])
-    return {
+    facts = {
         f"{reference} patients": f"{found['patients']['real']}",
         "held-out patients": f"{found['patients']['reference']}",
         "nodules read": f"{nodules}",
         f"{reference} slices": f"{real.count:,}",
         "synthetic slices": f"{synthetic.count:,}",
-        "nodule where asked": _share(found["adherence"], "synthetic").partition(" ")[0] + " %",
     }
+    if found["adherence"]["synthetic"]["n"]:
+        share = _share(found["adherence"], "synthetic").partition(" ")[0]
+        facts["nodule where asked"] = f"{share} %"
+    return facts
 
 
 def _nodule_tiles(root: zarr.Group, cases: Sequence[str]) -> list[Tile]:
@@ -161,9 +170,14 @@ def _synthetic_tiles(synthetic: SampleSet) -> list[Tile]:
     """The first slices of the run: nobody chose them."""
     tiles = []
     for row in range(min(GALLERY_SIZE, synthetic.count)):
+        hu, layout, box = _image(synthetic, row)
         scores = ", ".join(str(score) for score in synthetic.index["attributes"][row])
         seen = "found" if synthetic.index["found"][row] else "nothing found"
-        tiles.append(Tile(*_image(synthetic, row), f"scores {scores}; {seen}"))
+        copied = synthetic.index["copied_fraction"][row]
+        caption = "no nodule asked for" if box is None else f"scores {scores}; {seen}"
+        if copied:
+            caption = f"{1 - copied:.0%} of the pixels made"
+        tiles.append(Tile(hu, layout, box, caption))
     return tiles
 
 
@@ -176,12 +190,29 @@ def _image(samples: SampleSet, row: int) -> tuple[NDArray[np.int16], NDArray[np.
     )
 
 
-def _denoising_tiles(config: ExperimentConfig, synthetic: SampleSet) -> list[Tile]:
-    """The first slice of the run once more."""
+def _display_window(window_hu: Window) -> Window:
+    """A model of soft tissue is shown as it sees: in the usual window it would be all grey."""
+    (low, high), (usual_low, usual_high) = window_hu, DISPLAY_WINDOW_HU
+    return window_hu if usual_low <= low and high <= usual_high else DISPLAY_WINDOW_HU
+
+
+def _first_of(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> PlannedSample:
+    """What the first slice of the run was drawn from."""
+    if isinstance(config.model, HoleFilling):
+        one = config.sampling.model_copy(update={"num_samples": 1})
+        (first,) = plan_inpainting(config.model_copy(update={"sampling": one}), real)
+        return first
     _, layout, box = _image(synthetic, 0)
     seed, source = (int(synthetic.index[name][0]) for name in ("seed", "source_sample"))
-    scores = tuple(int(score) for score in synthetic.index["attributes"][0])
-    first = PlannedSample("first", seed, Condition(layout, box, scores), source)
+    scores = tuple(int(score) for score in synthetic.index["attributes"][0]) if box else None
+    return PlannedSample("first", seed, Condition(layout, box, scores), source)
+
+
+def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> list[Tile]:
+    """The first slice of the run once more; nothing for a GAN, which has no steps."""
+    if isinstance(config.model, Gan):
+        return []
+    first = _first_of(config, real, synthetic)
     # Here one core draws one slice: a thousand steps of a large network would take it hours, and a
     # compiler longer than the slice.
     sampling = config.sampling.model_copy(
@@ -196,7 +227,8 @@ def _denoising_tiles(config: ExperimentConfig, synthetic: SampleSet) -> list[Til
     sampler = SliceSampler(config.bundle_path, sampling, config.seed)
     steps, frames = sampler.denoising(first, NUM_FRAMES)
     return [
-        Tile(frame, None, box, f"step {step}") for step, frame in zip(steps, frames, strict=True)
+        Tile(frame, None, first.condition.box, f"step {step}")
+        for step, frame in zip(steps, frames, strict=True)
     ]
 
 
@@ -208,7 +240,8 @@ def metric_row(key: str, result: dict[str, Any]) -> MetricRow:
         return None if value is None else (value, interval and tuple(interval))
 
     value = (result["value"], tuple(result["interval"]))
-    return MetricRow(key, value, entry("floor"), entry("untrained"), entry("shuffled"))
+    columns = ("floor", "untrained", "shuffled", "neighbour")
+    return MetricRow(key, value, **{name: entry(name) for name in columns})
 
 
 def _share(adherence: dict[str, Any], name: str) -> str:

@@ -12,9 +12,20 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.case import LUNG_LABELS, Label
 from raysynth.layout.morphology import Mask, bounding_box
 
 Kind = Literal["organ", "box", "free"]
+
+ORGANS: dict[str, tuple[Label, ...]] = {
+    "lung": LUNG_LABELS,
+    "nodule": (Label.NODULE,),
+    "liver": (Label.LIVER,),
+    "kidney": (Label.LEFT_KIDNEY, Label.RIGHT_KIDNEY),
+    "spleen": (Label.SPLEEN,),
+    "tumour": (Label.TUMOUR,),
+}
+"""The labels of an organ."""
 
 KINDS: dict[Kind, float] = {"organ": 0.5, "box": 0.25, "free": 0.25}
 """How often each is drawn in training."""

@@ -1,7 +1,8 @@
 """A bundle: the folder that holds a trained model and the facts about it.
 
-`bundle.json` (the facts), `autoencoder.safetensors`, `denoiser.safetensors` (diffusion models; EMA
-weights) and `card.md`. Loading one runs no code, and other files in the folder are never opened.
+`bundle.json` (the facts), `autoencoder.safetensors` (not for models of pixels),
+`denoiser.safetensors` or `generator.safetensors` (diffusion models and GANs; EMA weights) and
+`card.md`. Loading one runs no code, and other files in the folder are never opened.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from torch import Tensor, nn
 
 from raysynth.case import Intensity
 from raysynth.config.data import SliceSamples
-from raysynth.config.model import LatentDiffusionConfig, ModelConfig, Window
+from raysynth.config.model import Diffusion, DiffusionConfig, Gan, GanConfig, ModelConfig, Window
 from raysynth.errors import InputError
 from raysynth.models.autoencoder import Autoencoder, build_autoencoder
-from raysynth.models.denoiser import LatentDenoiser, build_denoiser
+from raysynth.models.denoiser import Denoiser, build_denoiser
 from raysynth.models.facts import AUTOENCODER, SCHEMA, BundleFacts, model_card
+from raysynth.models.gan import Generator, build_generator
+from raysynth.models.space import LatentSpace, PixelSpace, Space
 
-FACTS, CARD, DENOISER = "bundle.json", "card.md", "denoiser.safetensors"
+FACTS, CARD = "bundle.json", "card.md"
+DENOISER, GENERATOR = "denoiser.safetensors", "generator.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,16 @@ class Bundle:
 
     Attributes:
         facts: what `bundle.json` says.
-        autoencoder: with its weights, in evaluation mode.
-        denoiser: likewise; None in the bundle of an autoencoder.
+        autoencoder: with its weights, in evaluation mode; None for a model of pixels.
+        denoiser: likewise; None but for diffusion models.
+        generator: likewise; None but for GANs.
         digest: names the bundle: SHA-256 over its files, in hex.
     """
 
     facts: BundleFacts
-    autoencoder: Autoencoder
-    denoiser: LatentDenoiser | None
+    autoencoder: Autoencoder | None
+    denoiser: Denoiser | None
+    generator: Generator | None
     digest: str
 
     @property
@@ -53,9 +59,15 @@ class Bundle:
         return self.facts.model
 
     @property
-    def diffusion(self) -> LatentDiffusionConfig:
+    def diffusion(self) -> DiffusionConfig:
         """The configuration of a diffusion model."""
-        assert isinstance(self.facts.model, LatentDiffusionConfig)
+        assert isinstance(self.facts.model, Diffusion)
+        return self.facts.model
+
+    @property
+    def gan(self) -> GanConfig:
+        """The configuration of a GAN."""
+        assert isinstance(self.facts.model, Gan)
         return self.facts.model
 
     @property
@@ -69,8 +81,15 @@ class Bundle:
         return self.facts.latent_scale
 
     @property
+    def space(self) -> Space:
+        """Where the denoiser works."""
+        if self.autoencoder is None:
+            return PixelSpace(self.window_hu)
+        return LatentSpace(self.autoencoder, self.latent_scale)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of one sample's latents."""
+        """(c, h, w) of what is denoised: latents, or the image itself."""
         return self.facts.latent_shape
 
     @property
@@ -92,21 +111,25 @@ class Bundle:
 def save_bundle(
     path: Path,
     facts: BundleFacts,
-    autoencoder: Mapping[str, Tensor],
+    autoencoder: Mapping[str, Tensor] | None = None,
     denoiser: Mapping[str, Tensor] | None = None,
+    generator: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Writes a bundle, whole or not at all; an older one at `path` is replaced.
 
     Args:
         path: the bundle's folder; its name becomes the card's title.
         facts: what to say about it.
-        autoencoder: the autoencoder's `state_dict`.
-        denoiser: the denoiser's (averaged) `state_dict`; None for an autoencoder's bundle.
+        autoencoder: the autoencoder's `state_dict`; None for a model of pixels.
+        denoiser: a diffusion model's (averaged) `state_dict`.
+        generator: a GAN's.
 
     Returns:
         The bundle's digest.
     """
-    assert (denoiser is not None) == isinstance(facts.model, LatentDiffusionConfig)
+    assert (denoiser is not None) == isinstance(facts.model, Diffusion)
+    assert (generator is not None) == isinstance(facts.model, Gan)
+    assert (autoencoder is not None) == (facts.autoencoder_config is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}-*"):  # of a killed writer
         shutil.rmtree(leftover)
@@ -115,9 +138,10 @@ def save_bundle(
     try:
         (scratch / FACTS).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (scratch / CARD).write_text(model_card(facts, path.name), encoding="utf-8")
-        _save_weights(scratch / AUTOENCODER, autoencoder)
-        if denoiser is not None:
-            _save_weights(scratch / DENOISER, denoiser)
+        files = {AUTOENCODER: autoencoder, DENOISER: denoiser, GENERATOR: generator}
+        for name, weights in files.items():
+            if weights is not None:
+                _save_weights(scratch / name, weights)
         digest = bundle_digest(scratch)
         if path.exists():
             # A folder cannot be renamed over a full one: for an instant there is none.
@@ -139,14 +163,18 @@ def load_bundle(path: Path) -> Bundle:
         InputError: no bundle there, of an unknown schema, incomplete, or not matching its facts.
     """
     facts = read_facts(path)
-    autoencoder = build_autoencoder(facts.autoencoder_config)
-    _load_weights(autoencoder, path, AUTOENCODER)
-    denoiser = None
-    if isinstance(facts.model, LatentDiffusionConfig):
+    autoencoder, denoiser, generator = None, None, None
+    if facts.autoencoder_config is not None:
+        autoencoder = build_autoencoder(facts.autoencoder_config)
+        _load_weights(autoencoder, path, AUTOENCODER)
+    if isinstance(facts.model, Diffusion):
         channels, size, _ = facts.latent_shape
         denoiser = build_denoiser(facts.model, channels, size)
         _load_weights(denoiser, path, DENOISER)
-    return Bundle(facts, autoencoder, denoiser, bundle_digest(path))
+    if isinstance(facts.model, Gan):
+        generator = build_generator(facts.model, facts.samples.size)
+        _load_weights(generator, path, GENERATOR)
+    return Bundle(facts, autoencoder, denoiser, generator, bundle_digest(path))
 
 
 def read_facts(path: Path) -> BundleFacts:
@@ -178,7 +206,7 @@ def read_facts(path: Path) -> BundleFacts:
 def bundle_digest(path: Path) -> str:
     """SHA-256 over names and bytes of the bundle's own files, in the order of their names."""
     digest = hashlib.sha256()
-    for name in sorted((FACTS, CARD, DENOISER, AUTOENCODER)):
+    for name in sorted((FACTS, CARD, DENOISER, GENERATOR, AUTOENCODER)):
         if (path / name).exists():
             with (path / name).open("rb") as file:
                 content = hashlib.file_digest(file, "sha256")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from raysynth.errors import InputError
 
 NUM_ATTRIBUTES = len(CONDITION_ATTRIBUTES)
 NUM_SCORES = 5
+NUM_CLASSES = 6
+"""Labels that a semantic model tells apart: background to nodule."""
 
 
 @dataclass(frozen=True)
@@ -29,41 +31,50 @@ class ConditionBatch:
         layout: labels, uint8 (B, *spatial); null is 0 everywhere.
         box: half-open (y0, x0, y1, x1) in sample pixels, int64 (B, 4); null is -1.
         attributes: scores 1-5 of `CONDITION_ATTRIBUTES`, int64 (B, 5); null is 0.
+        known_hu: HU to keep, int16 (B, *spatial); None where nothing is kept of any sample.
+        known_mask: where, bool (B, *spatial); null is false everywhere.
     """
 
     layout: Tensor
     box: Tensor
     attributes: Tensor
+    known_hu: Tensor | None = None
+    known_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.box)
 
     def to(self, device: torch.device | str) -> ConditionBatch:
         """The same conditions on another device."""
-        moved = (getattr(self, f.name).to(device, non_blocking=True) for f in fields(self))
-        return ConditionBatch(*moved)
+        return self._map(lambda part: part.to(device, non_blocking=True))
 
     def select(self, rows: slice | Tensor) -> ConditionBatch:
         """The conditions of some samples."""
-        return ConditionBatch(self.layout[rows], self.box[rows], self.attributes[rows])
+        return self._map(lambda part: part[rows])
 
     def null(self) -> ConditionBatch:
         """As many null conditions."""
-        return ConditionBatch(
-            torch.zeros_like(self.layout),
-            torch.full_like(self.box, -1),
-            torch.zeros_like(self.attributes),
-        )
+        return self.drop(torch.ones(len(self), dtype=torch.bool, device=self.box.device))
 
     def drop(self, mask: Tensor) -> ConditionBatch:
         """Null conditions where `mask` (bool, (B,)) is true: what trains free guidance.
 
         Ho & Salimans 2022, algorithm 1.
         """
+
+        def emptied(part: Tensor) -> Tensor:
+            null = -1 if part is self.box else 0
+            return part.masked_fill(mask.view(-1, *[1] * (part.ndim - 1)), null)
+
+        return self._map(emptied)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> ConditionBatch:
+        known = self.known_hu, self.known_mask
         return ConditionBatch(
-            self.layout.masked_fill(mask.view(-1, *[1] * (self.layout.ndim - 1)), 0),
-            self.box.masked_fill(mask[:, None], -1),
-            self.attributes.masked_fill(mask[:, None], 0),
+            change(self.layout),
+            change(self.box),
+            change(self.attributes),
+            *(None if part is None else change(part) for part in known),
         )
 
 
@@ -88,9 +99,24 @@ def collate(conditions: Sequence[Condition], size: int) -> ConditionBatch:
             box[row] = condition.box
         if condition.attributes is not None:
             attributes[row] = condition.attributes
+    known = _collate_known(conditions, size)
     return ConditionBatch(
-        torch.from_numpy(layout), torch.from_numpy(box), torch.from_numpy(attributes)
+        torch.from_numpy(layout), torch.from_numpy(box), torch.from_numpy(attributes), *known
     )
+
+
+def _collate_known(
+    conditions: Sequence[Condition], size: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What is known of each image, and where; nothing if nothing is of any."""
+    if all(condition.known_mask is None for condition in conditions):
+        return None, None
+    known_hu = np.zeros((len(conditions), size, size), dtype=np.int16)
+    known_mask = np.zeros((len(conditions), size, size), dtype=bool)
+    for row, condition in enumerate(conditions):
+        if condition.known_hu is not None and condition.known_mask is not None:
+            known_hu[row], known_mask[row] = condition.known_hu, condition.known_mask
+    return torch.from_numpy(known_hu), torch.from_numpy(known_mask)
 
 
 def _check(condition: Condition, size: int) -> None:
@@ -103,6 +129,12 @@ def _check(condition: Condition, size: int) -> None:
             raise InputError(
                 f"box {box}: give (y0, x0, y1, x1) with 0 <= y0 < y1 <= {size}, and x likewise"
             )
+    known = condition.known_hu, condition.known_mask
+    if (known[0] is None) != (known[1] is None):
+        raise InputError("known_hu and known_mask: give both, or neither")
+    for name, part in zip(("known_hu", "known_mask"), known, strict=True):
+        if part is not None and part.shape != (size, size):
+            raise InputError(f"{name} of shape {part.shape}: this model needs ({size}, {size})")
     if scores is not None and (
         len(scores) != NUM_ATTRIBUTES or not all(0 <= score <= NUM_SCORES for score in scores)
     ):
@@ -146,6 +178,18 @@ def lung_mask(layout: Tensor, latent_size: int) -> Tensor:
     return functional.interpolate(lungs.float()[:, None], size=cells, mode="area")
 
 
+def one_hot_layout(layout: Tensor) -> Tensor:
+    """A channel for each of the labels 0-5, (B, 6, *spatial); organs count as body.
+
+    A layout of nothing but background is the null condition: all channels are zero there.
+    """
+    classes = layout.masked_fill(layout >= NUM_CLASSES, Label.BODY)
+    labels = torch.arange(NUM_CLASSES, device=layout.device, dtype=layout.dtype)
+    channels = classes[:, None] == labels.view(1, -1, *[1] * (layout.ndim - 1))
+    given = (layout > 0).flatten(1).any(dim=1)
+    return (channels & given.view(-1, *[1] * layout.ndim)).float()
+
+
 class AttributeEmbedding(nn.Module):
     """System A's embedding: a row of D numbers for each score, mixed into one vector of D.
 
@@ -183,10 +227,14 @@ class EncodedCondition(NamedTuple):
     Attributes:
         channels: put beside x_t, (B, k, *latent).
         context: keys and values of cross-attention, (B, tokens, width), or None.
+        known: clean values of what is kept, (B, c, *latent), or None.
+        keep: 1 where they are kept, 0 where the network decides, (B, 1, *latent), or None.
     """
 
     channels: Tensor
-    context: Tensor | None
+    context: Tensor | None = None
+    known: Tensor | None = None
+    keep: Tensor | None = None
 
 
 class SingleContext(nn.Module):

@@ -1,35 +1,65 @@
-"""The network of latent diffusion: MONAI's U-Net, guided by a `ConditionBatch`."""
+"""The networks of diffusion: MONAI's U-Nets, guided by a `ConditionBatch`."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from raysynth.config.model import LatentDiffusionConfig
-from raysynth.models.conditioner import ConditionBatch, Conditioner, EncodedCondition
-from raysynth.models.monai import DiffusionModelUNet
+from raysynth.config.model import (
+    DiffusionConfig,
+    InpaintingConfig,
+    LatentDiffusionConfig,
+    SemanticDiffusionConfig,
+    Window,
+)
+from raysynth.models.conditioner import (
+    NUM_CLASSES,
+    ConditionBatch,
+    Conditioner,
+    EncodedCondition,
+    one_hot_layout,
+)
+from raysynth.models.monai import SPADE, DiffusionModelUNet, SPADEDiffusionModelUNet
+from raysynth.window import normalize
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
-class LatentDenoiser(nn.Module):
-    """Predicts noise, x_0 or v from noisy latents, their timestep and a condition."""
+class Denoiser(nn.Module, ABC):
+    """Predicts noise, x_0 or v from what is noisy, its timestep and a condition."""
+
+    def forward(self, x_t: Tensor, timestep: Tensor, condition: ConditionBatch) -> Tensor:
+        """The prediction, (B, c, h, w).
+
+        Args:
+            x_t: noisy latents or images (B, c, h, w).
+            timestep: of each sample, (B,).
+            condition: of each sample.
+        """
+        return self.predict(x_t, timestep, self.encode(condition))
+
+    @abstractmethod
+    def encode(self, condition: ConditionBatch) -> EncodedCondition:
+        """What `predict` needs of conditions; it stays the same over all steps of a sample."""
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
+        """The prediction for conditions that are already encoded."""
+
+
+class LatentDenoiser(Denoiser):
+    """Masks beside the input, boxes and attributes in cross-attention (system A)."""
 
     def __init__(self, unet: DiffusionModelUNet, conditioner: Conditioner) -> None:
         super().__init__()
         self.unet = unet
         self.conditioner = conditioner
 
-    def forward(self, x_t: Tensor, timestep: Tensor, condition: ConditionBatch) -> Tensor:
-        """The prediction, (B, c, h, w).
-
-        Args:
-            x_t: noisy latents (B, c, h, w).
-            timestep: of each sample, (B,).
-            condition: of each sample.
-        """
-        return self.predict(x_t, timestep, self.encode(condition))
-
     def encode(self, condition: ConditionBatch) -> EncodedCondition:
-        """What `predict` needs of conditions; it stays the same over all steps of a sample."""
+        """Input channels and context."""
         encoded: EncodedCondition = self.conditioner(condition)
         return encoded
 
@@ -40,28 +70,109 @@ class LatentDenoiser(nn.Module):
         return prediction
 
 
-def build_denoiser(
-    config: LatentDiffusionConfig, latent_channels: int, latent_size: int
-) -> LatentDenoiser:
+class InpaintingDenoiser(Denoiser):
+    """The image with its hole, and the hole's mask, beside the input (system E)."""
+
+    def __init__(self, unet: DiffusionModelUNet, window_hu: Window) -> None:
+        super().__init__()
+        self.unet = unet
+        self.window_hu = window_hu
+
+    def encode(self, condition: ConditionBatch) -> EncodedCondition:
+        """The image, 0 in the hole, and the mask, 1 there. Where nothing is known all is hole."""
+        known, keep = split_known(condition, self.window_hu)
+        return EncodedCondition(torch.cat([known, 1 - keep], dim=1), None, known, keep)
+
+    def predict(self, x_t: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
+        """The prediction for conditions that are already encoded."""
+        x = torch.cat([x_t, encoded.channels.to(x_t.dtype)], dim=1)
+        prediction: Tensor = self.unet(x, timestep)
+        return prediction
+
+
+class SemanticDenoiser(Denoiser):
+    """The layout's labels scale and shift the decoder's normalised features (system C)."""
+
+    def __init__(self, unet: SPADEDiffusionModelUNet) -> None:
+        super().__init__()
+        self.unet = published_spade(unet)
+
+    def encode(self, condition: ConditionBatch) -> EncodedCondition:
+        """A channel for each label."""
+        return EncodedCondition(one_hot_layout(condition.layout))
+
+    def predict(self, x_t: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
+        """The prediction for conditions that are already encoded."""
+        prediction: Tensor = self.unet(x_t, timestep, seg=encoded.channels.to(x_t.dtype))
+        return prediction
+
+
+def build_denoiser(config: DiffusionConfig, latent_channels: int, latent_size: int) -> Denoiser:
     """A fresh network.
 
     Args:
         config: widths and the conditioning configuration.
-        latent_channels: channels of the autoencoder's latents.
-        latent_size: cells along a latent's side.
+        latent_channels: channels of what is denoised: latents, or an image's one.
+        latent_size: cells along its side.
     """
-    conditioner = Conditioner(config, latent_size)
-    unet = DiffusionModelUNet(
-        spatial_dims=2,
-        in_channels=latent_channels + conditioner.num_channels,
-        out_channels=latent_channels,
-        channels=config.channels,
-        attention_levels=config.attention_levels,
-        num_res_blocks=config.num_res_blocks,
-        num_head_channels=config.num_head_channels,
-        norm_num_groups=config.norm_num_groups,
-        with_conditioning=conditioner.context is not None,
-        cross_attention_dim=conditioner.context_width,
-        use_flash_attention=True,
-    )
-    return LatentDenoiser(unet, conditioner)
+    shape = _shape(config, latent_channels)
+    match config:
+        case LatentDiffusionConfig():
+            conditioner = Conditioner(config, latent_size)
+            unet = DiffusionModelUNet(
+                in_channels=latent_channels + conditioner.num_channels,
+                with_conditioning=conditioner.context is not None,
+                cross_attention_dim=conditioner.context_width,
+                **shape,
+            )
+            return LatentDenoiser(unet, conditioner)
+        case SemanticDiffusionConfig():
+            return SemanticDenoiser(
+                SPADEDiffusionModelUNet(
+                    in_channels=latent_channels,
+                    label_nc=NUM_CLASSES,
+                    spade_intermediate_channels=config.layout_channels,
+                    **shape,
+                )
+            )
+        case InpaintingConfig():
+            unet = DiffusionModelUNet(in_channels=latent_channels + 2, **shape)
+            return InpaintingDenoiser(unet, config.window_hu)
+
+
+def _shape(config: DiffusionConfig, out_channels: int) -> dict[str, Any]:
+    """What all these U-Nets are told."""
+    return {
+        "spatial_dims": 2,
+        "out_channels": out_channels,
+        "channels": config.channels,
+        "attention_levels": config.attention_levels,
+        "num_res_blocks": config.num_res_blocks,
+        "num_head_channels": config.num_head_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "use_flash_attention": True,
+    }
+
+
+def split_known(condition: ConditionBatch, window_hu: Window) -> tuple[Tensor, Tensor]:
+    """The known image in [-1, 1], 0 in its hole, and 1 where it is known, both (B, 1, y, x)."""
+    mask, hu = condition.known_mask, condition.known_hu
+    if mask is None or hu is None:
+        nothing = torch.zeros_like(condition.layout[:, None], dtype=torch.float32)
+        return nothing, nothing
+    keep = mask[:, None].float()
+    return normalize(hu[:, None], window_hu) * keep, keep
+
+
+def published_spade(network: Network) -> Network:
+    """The network with scale and shift straight from a convolution (Park et al. 2019, eq. 1).
+
+    MONAI normalises both over the image, so that a layout of one label would say nothing. And it
+    has a leaky ReLU where the paper has a plain one.
+    """
+    for module in network.modules():
+        if isinstance(module, SPADE):
+            module.mlp_shared.get_submodule("adn").add_module("A", nn.ReLU())
+            for convolution in (module.mlp_gamma, module.mlp_beta):
+                del convolution.adn
+    return network

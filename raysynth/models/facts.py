@@ -92,23 +92,27 @@ class BundleFacts(Section):
         return self
 
     @property
-    def autoencoder_config(self) -> AutoencoderKLConfig | VQVAEConfig:
-        """Of the autoencoder, whether it is the model itself or what the model works in."""
-        if isinstance(self.model, LatentDiffusionConfig):
-            assert self.autoencoder is not None
-            return self.autoencoder
-        return self.model
+    def autoencoder_config(self) -> AutoencoderKLConfig | VQVAEConfig | None:
+        """Of the autoencoder: the model itself or what it works in; None: it works on pixels."""
+        if isinstance(self.model, AutoencoderKLConfig | VQVAEConfig):
+            return self.model
+        return self.autoencoder
 
     @property
     def window_hu(self) -> Window:
         """HU that the networks see as -1 and 1."""
-        return self.autoencoder_config.window_hu
+        if isinstance(self.model, LatentDiffusionConfig):
+            assert self.autoencoder is not None
+            return self.autoencoder.window_hu
+        return self.model.window_hu
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of one sample's latents."""
-        config = self.autoencoder_config
-        cells = self.samples.size // config.downsampling
+        """(c, h, w) of what a model draws: latents, or the image itself."""
+        config, size = self.autoencoder_config, self.samples.size
+        if config is None:
+            return 1, size, size
+        cells = size // config.downsampling
         return config.latent_channels, cells, cells
 
 
@@ -158,5 +162,5 @@ must stay marked as synthetic, and must not be used for diagnosis.**
 - Windows clip: nothing outside [{low:g}, {high:g}] can appear.
 - Slices are drawn one by one: neighbours do not form a volume.
 - It may reproduce training images; nothing here has tested that.
-- Small nodules cover few latent cells; see the adherence figures for what is really drawn.
+- Small nodules cover few cells; see the adherence figures for what is really drawn.
 """

@@ -13,10 +13,23 @@ _HIDDEN = [name for name in ("torchvision", "transformers") if name not in sys.m
 for _name in _HIDDEN:
     sys.modules[_name] = None  # type: ignore[assignment]  # "there is no such module"
 try:
+    from monai.networks.blocks.spade_norm import SPADE
     from monai.networks.nets.autoencoderkl import AutoencoderKL
     from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+    from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
+    from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
+    from monai.networks.nets.spade_network import SPADEDecoder
+    from monai.networks.nets.unet import UNet
 finally:
     for _name in _HIDDEN:
         del sys.modules[_name]
 
-__all__ = ["AutoencoderKL", "DiffusionModelUNet"]
+__all__ = [
+    "SPADE",
+    "AutoencoderKL",
+    "DiffusionModelUNet",
+    "PatchDiscriminator",
+    "SPADEDecoder",
+    "SPADEDiffusionModelUNet",
+    "UNet",
+]

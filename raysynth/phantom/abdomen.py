@@ -22,13 +22,17 @@ from raysynth.phantom.physique import Torso
 
 _WALL_MM = 5.0
 
+_TUMOURS, _TUMOUR_RADIUS_MM = (1, 3), (9.0, 20.0)
+_TUMOUR_RIM_MM = 4.0
+"""Liver around every tumour."""
 
-def paint_abdomen(hu: Field, torso: Torso) -> dict[Label, tuple[Box, Field]]:
-    """Paints the upper abdomen over its fat, in place.
+
+def paint_abdomen(hu: Field, torso: Torso, with_tumours: bool) -> dict[Label, tuple[Box, Field]]:
+    """Paints the upper abdomen over its fat, in place; the liver with tumours, if they are wanted.
 
     Returns:
-        Of each labelled organ the box of voxels around it and its signed distance there; nothing
-        where the volume ends above the diaphragm.
+        Of each labelled organ the box of voxels around it and its signed distance there, tumours
+        last; nothing where the volume ends above the diaphragm.
     """
     dome = torso.physique.dome_depth
     if torso.grid.axes[0][0] > -dome:
@@ -59,6 +63,8 @@ def paint_abdomen(hu: Field, torso: Torso) -> dict[Label, tuple[Box, Field]]:
         hu[box] = part
         surfaces[label] = box, distance
     _paint_liver_vessels(hu, torso, *surfaces[Label.LIVER], rng)
+    if with_tumours:
+        surfaces[Label.TUMOUR] = _paint_tumours(hu, torso, *surfaces[Label.LIVER])
     return surfaces
 
 
@@ -191,6 +197,32 @@ def _paint_bowel(hu: Field, torso: Torso, cavity: Nodes, rng: np.random.Generato
     )
     blend(part, edge(gas, 2.0), tissue.GAS_HU * 0.9)
     hu[box] = part
+
+
+def _paint_tumours(hu: Field, torso: Torso, box: Box, liver: Field) -> tuple[Box, Field]:
+    """A few dark lumps within the liver, one surface for all."""
+    rng = torso.rng("tumours")
+    z, y, x = torso.grid.open_mesh(box)
+    lumps = np.full(liver.shape, np.float32(1e3))
+    for _ in range(rng.integers(*_TUMOURS, endpoint=True)):
+        radius = rng.uniform(*_TUMOUR_RADIUS_MM)
+        places = np.argwhere(liver < -radius - _TUMOUR_RIM_MM)
+        if not len(places):
+            continue
+        middle = places[rng.integers(len(places))]
+        offsets = (axis - axis.ravel()[at] for axis, at in zip((z, y, x), middle, strict=True))
+        shape = rng.uniform(0.75, 1.2, 3)
+        distance = np.sqrt(sum((d / s) ** 2 for d, s in zip(offsets, shape, strict=True))) - radius
+        lumps = np.minimum(lumps, distance.astype(np.float32))
+    lumps += (
+        0.15 * _TUMOUR_RADIUS_MM[0] * torso.grid.refine(torso.grid.smooth_noise(rng, 14.0), box)
+    )
+    lumps = np.maximum(lumps, liver + _TUMOUR_RIM_MM)
+    part = hu[box]
+    value = tissue.TUMOUR_HU + 0.1 * torso.physique.contrast_hu
+    blend(part, edge(lumps, torso.grid.blur_mm), value)
+    hu[box] = part
+    return box, lumps
 
 
 def _paint_liver_vessels(

@@ -39,11 +39,12 @@ def build_anatomy(torso: Torso, organ_labels: bool) -> Anatomy:
 
     Args:
         torso: the patient.
-        organ_labels: whether abdominal organs get labels of their own; otherwise they are BODY.
+        organ_labels: whether abdominal organs get labels of their own, and the liver tumours;
+            otherwise they are BODY.
     """
     body, cage, diaphragm = (torso.refined(name) for name in ("body", "cage", "diaphragm"))
     hu = _body_wall(torso, body, cage)
-    organs = paint_abdomen(hu, torso)
+    organs = paint_abdomen(hu, torso, with_tumours=organ_labels)
     chest = Chest(torso)
     chest.paint_mediastinum(hu)
     paint_skeleton(hu, torso, cage, body)

@@ -13,6 +13,8 @@ MUSCLE_HU = 52.0
 SKIN_HU = 10.0
 SOFT_HU = 40.0
 LIVER_HU = 58.0
+TUMOUR_HU = 28.0
+"""Of a liver metastasis: it takes up little contrast."""
 SPLEEN_HU = 50.0
 KIDNEY_HU = 32.0
 FLUID_HU = 12.0

@@ -73,22 +73,24 @@ def plan_slices(case: VolumeAttrs, samples: SliceSamples) -> list[SlicePlan]:
 
     A plane crossed by two nodules is planned once for each. A nodule gets no slices if it is too
     small for `samples` or not wholly in the image; planes that it crosses still do not count as
-    nodule-free. A case without lungs yields nothing but crops.
+    nodule-free. Around the lungs, a case without any yields nothing.
     """
     crops = samples.centre == "nodule"
-    if case.lung_zyx is None and not crops:
+    whole = tuple((0, size) for size in case.shape)
+    frame_zyx = whole if samples.centre == "volume" else case.lung_zyx
+    if frame_zyx is None and not crops:
         return []
     planes_mm = grid_positions(case.shape[0], case.spacing_mm[0], samples.spacing_mm)
     plans = []
     for number, nodule in enumerate(case.nodules):
-        middle_mm = _middle_mm(nodule.box_zyx if crops else case.lung_zyx, case)
+        middle_mm = _middle_mm(nodule.box_zyx if crops else frame_zyx, case)
         if nodule.diameter_mm >= samples.min_nodule_mm and _in_image(
             nodule, case, middle_mm, samples.field_of_view_mm
         ):
             planes = _planes_of(nodule, planes_mm, case, samples)
             plans += [SlicePlan(case.case_id, z_mm, number, middle_mm) for z_mm in planes]
     if samples.nodule_free_every:
-        middle_mm = _middle_mm(case.lung_zyx, case)
+        middle_mm = _middle_mm(frame_zyx, case)
         free = _free_planes(planes_mm, case, samples)[:: samples.nodule_free_every]
         plans += [SlicePlan(case.case_id, z_mm, -1, middle_mm) for z_mm in free]
     return sorted(plans)
@@ -233,7 +235,7 @@ def _planes_of(
 def _free_planes(
     planes_mm: NDArray[np.floating], case: VolumeAttrs, samples: SliceSamples
 ) -> list[float]:
-    """Lung planes whose pixels owe nothing to any nodule."""
+    """Planes, of lung unless all count, whose pixels owe nothing to any nodule."""
     spacing_mm = case.spacing_mm[0]
     crossed = {
         nodule.corner_zyx[0] + int(plane)
@@ -244,7 +246,9 @@ def _free_planes(
     free = []
     for row, z_mm in enumerate(planes_mm):
         plane = round(z_mm / spacing_mm)
-        in_lung = any(start <= plane < stop for start, stop in case.lung_planes)
+        in_lung = samples.centre == "volume" or any(
+            start <= plane < stop for start, stop in case.lung_planes
+        )
         seen = crossed.intersection(taps(along_z, row)[0].tolist())
         if in_lung and not seen:
             free.append(float(z_mm))

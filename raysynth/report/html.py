@@ -40,6 +40,7 @@ class MetricRow:
     floor: Estimate | None = None
     untrained: Estimate | None = None
     shuffled: Estimate | None = None
+    neighbour: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ReportData:
     recipe: str
     attribution: Sequence[str]
     limits: dict[str, str] = field(default_factory=dict)
+    window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,19 @@ def write_report(data: ReportData, path: Path) -> None:
     _write(
         "report.html",
         path,
+        data.window_hu,
         data=data,
-        groups={name: [_tile(tile) for tile in getattr(data, name)] for name in _GALLERIES},
+        groups={
+            name: [_tile(tile, data.window_hu) for tile in getattr(data, name)]
+            for name in _GALLERIES
+        },
         metric_charts=[
             _metric_chart(row)
             for row in data.metrics
             if row.key.partition("/")[0] in data.shown_metrics
         ],
         rows=[_row(row) for row in data.metrics],
+        with_neighbours=any(row.neighbour for row in data.metrics),
         losses=charts.loss_chart(data.losses) if data.losses else "",
         sizes=charts.size_chart(data.requested_mm, data.measured_mm),
         coverage=charts.coverage_chart(
@@ -124,6 +131,7 @@ def write_store_page(data: StorePage, path: Path) -> None:
     _write(
         "store.html",
         path,
+        DISPLAY_WINDOW_HU,
         data=data,
         groups={name: [_tile(tile) for tile in tiles] for name, tiles in data.galleries.items()},
         histogram=charts.histogram_chart(data.hu_edges, data.hu_counts),
@@ -131,13 +139,13 @@ def write_store_page(data: StorePage, path: Path) -> None:
     )
 
 
-def _write(template: str, path: Path, **values: object) -> None:
+def _write(template: str, path: Path, window_hu: tuple[float, float], **values: object) -> None:
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     environment = Environment(
         loader=PackageLoader("raysynth.report"), autoescape=select_autoescape()
     )
-    low, high = DISPLAY_WINDOW_HU
+    low, high = window_hu
     page = environment.get_template(template).render(window=f"{low:g} to {high:g} HU", **values)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
@@ -148,10 +156,10 @@ def _write(template: str, path: Path, **values: object) -> None:
 _GALLERIES = ("nodules", "real", "synthetic", "denoising")
 
 
-def _tile(tile: Tile) -> dict[str, object]:
+def _tile(tile: Tile, window_hu: tuple[float, float] = DISPLAY_WINDOW_HU) -> dict[str, object]:
     height, width = tile.hu.shape
     return {
-        "png": png_data_uri(grey(tile.hu)),
+        "png": png_data_uri(grey(tile.hu, window_hu)),
         "overlay": overlay_svg(tile.layout, tile.box),
         "width": width,
         "height": height,
@@ -162,6 +170,7 @@ def _tile(tile: Tile) -> dict[str, object]:
 def _metric_chart(row: MetricRow) -> str:
     sets = {
         "floor": row.floor,
+        "neighbouring slices": row.neighbour,
         "synthetic": row.value,
         "shuffled conditions": row.shuffled,
         "untrained": row.untrained,
@@ -185,6 +194,7 @@ def _row(row: MetricRow) -> dict[str, str]:
         "floor": text(row.floor),
         "untrained": text(row.untrained),
         "shuffled": text(row.shuffled),
+        "neighbour": text(row.neighbour),
     }
 
 

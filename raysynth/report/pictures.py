@@ -12,7 +12,7 @@ from raysynth.case import LUNG_LABELS, Label
 from raysynth.condition import Box
 
 DISPLAY_WINDOW_HU = (-1150.0, 350.0)
-"""Lung and soft tissue at once; every picture of a report uses it."""
+"""Lung and soft tissue at once: what pictures show, unless a model sees less than that."""
 
 
 def grey(
@@ -34,13 +34,15 @@ def png_data_uri(pixels: NDArray[np.uint8]) -> str:
 
 
 def overlay_svg(layout: NDArray[np.uint8] | None, box: Box | None) -> str:
-    """Lung outlines, nodule outline and requested box, in the pixel coordinates of the tile."""
+    """Outlines of lungs, organs and lesions, and the box, in the pixel coordinates of the tile."""
     parts: list[str] = []
     if layout is not None:
         lungs = np.isin(layout, [*LUNG_LABELS, Label.NODULE])
         parts += [f'<path class="lung" d="{path}"/>' for path in _outlines(lungs)]
-        nodule = layout == Label.NODULE
-        parts += [f'<path class="nodule" d="{path}"/>' for path in _outlines(nodule)]
+        for label in np.unique(layout[(layout >= Label.LIVER) & (layout != Label.TUMOUR)]):
+            parts += [f'<path class="organ" d="{path}"/>' for path in _outlines(layout == label)]
+        lesion = np.isin(layout, (Label.NODULE, Label.TUMOUR))
+        parts += [f'<path class="nodule" d="{path}"/>' for path in _outlines(lesion)]
     if box is not None and min(box) >= 0:
         y0, x0, y1, x1 = box
         parts.append(

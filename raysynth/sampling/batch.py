@@ -13,13 +13,16 @@ import numpy as np
 import zarr
 
 from raysynth import __version__
-from raysynth.config import ExperimentConfig, LatentDiffusionConfig, SamplingConfig
+from raysynth.case import CONDITION_ATTRIBUTES
+from raysynth.condition import Condition
+from raysynth.config import ExperimentConfig, HoleFilling, SamplingConfig
 from raysynth.config.experiment import CONTROL_SUFFIXES, SHUFFLED, UNTRAINED
 from raysynth.config.sampling import DRAWING
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import bundle_digest, read_facts
 from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.hosts import plan_inpainting
 from raysynth.sampling.planner import PlannedSample, plan_samples, shuffle_conditions
 from raysynth.seeding import fingerprint
 from raysynth.store.reader import SampleSet, open_group
@@ -27,6 +30,9 @@ from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, set_index, write_rows
 from storage_schema.v1 import synthetic_run
+
+NO_BOX = (-1, -1, -1, -1)
+NO_SCORES = (0,) * len(CONDITION_ATTRIBUTES)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,8 @@ Plan = list[tuple[PlannedSample, PlannedSample]]
 
 
 def _plans(config: ExperimentConfig, samples: SampleSet) -> dict[str, Plan]:
-    asked = plan_samples(config, samples)
+    fills_holes = isinstance(config.model, HoleFilling)
+    asked = (plan_inpainting if fills_holes else plan_samples)(config, samples)
     plans = {config.name: list(zip(asked, asked, strict=True))}
     if config.evaluation.controls:
         count = config.evaluation.num_control_samples or len(asked)
@@ -153,6 +160,7 @@ class _Drawer:
         hu = self.sampler.draw(drawn, untrained=unit.untrained)
         measured = self.sampler.measure(hu, asked)
         found = np.array([one.found for one in measured], np.uint8)
+        is_free = np.array([one.condition.box is None for one in asked])
         diameter_mm = np.array([one.diameter_mm for one in measured], np.float32)
         contrast_hu = np.array([one.contrast_hu for one in measured], np.float32)
         arrays = {
@@ -160,7 +168,7 @@ class _Drawer:
             "layout": np.stack([one.condition.layout for one in asked]),
             "index/batch_shape": np.full(len(asked), self.sampler.batch_shape, np.int16),
             "index/found": found,
-            "index/accepted": found,
+            "index/accepted": np.where(is_free, np.uint8(1), found),
             "index/measured_diameter_mm": np.where(found, diameter_mm, np.float32(np.nan)),
             "index/measured_contrast_hu": np.where(found, contrast_hu, np.float32(np.nan)),
         }
@@ -176,9 +184,9 @@ def _sample_set(config: ExperimentConfig) -> SampleSet:
 def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
     """The digest of the recipe's bundle, which must draw what the sample set holds."""
     facts = read_facts(config.bundle_path)
-    if not isinstance(facts.model, LatentDiffusionConfig):
+    if facts.autoencoder_config == facts.model:
         raise InputError(
-            f"bundle {config.bundle_path} is a {facts.model.family}: only latent_diffusion draws"
+            f"bundle {config.bundle_path} is a {facts.model.family}: an autoencoder draws nothing"
         )
     for what, of_bundle, of_set in (
         ("samples of size", facts.samples.size, samples.shape[-1]),
@@ -259,13 +267,17 @@ def _declare(
         set_index(
             group,
             {
-                "box": np.array([one.condition.box for one in asked]),
-                "attributes": np.array([one.condition.attributes for one in asked]),
-                "has_nodule": np.ones(len(asked)),
+                "box": np.array([one.condition.box or NO_BOX for one in asked]),
+                "attributes": np.array([one.condition.attributes or NO_SCORES for one in asked]),
+                "has_nodule": np.array([one.condition.box is not None for one in asked]),
                 "split": samples.index["split"][sources],
                 "seed": np.array([one.seed for one in asked], np.uint64),
                 "source_sample": sources,
                 "source_case": samples.index["case"][sources],
-                "copied_fraction": np.zeros(len(asked)),
+                "copied_fraction": np.array([_copied(drawn.condition) for drawn, _ in plan]),
             },
         )
+
+
+def _copied(condition: Condition) -> float:
+    return 0.0 if condition.known_mask is None else float(condition.known_mask.mean())

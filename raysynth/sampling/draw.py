@@ -9,16 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from raysynth.condition import Condition
 from raysynth.config import SamplingConfig
 from raysynth.diffusion.schedule import NoiseSchedule
 from raysynth.errors import InputError
 from raysynth.models.bundle import Bundle, load_bundle
-from raysynth.models.denoiser import LatentDenoiser, build_denoiser
-from raysynth.preprocess.window import denormalize
+from raysynth.models.conditioner import collate
+from raysynth.models.denoiser import Denoiser, build_denoiser
+from raysynth.models.gan import Generator, build_generator
 from raysynth.sampling.adherence import NODULE_LUNG_LABELS, Measurement, find_nodule
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 from raysynth.sampling.planner import PlannedSample
 from raysynth.seeding import seed_of
+from raysynth.window import denormalize
 
 
 class SliceSampler:
@@ -32,7 +35,7 @@ class SliceSampler:
         """Loads the bundle.
 
         Args:
-            bundle_path: a latent diffusion bundle.
+            bundle_path: the bundle of a diffusion model or a GAN.
             sampling: sampler, steps, guidance and slots.
             seed: of the recipe; an untrained network's weights follow from it.
         """
@@ -42,14 +45,15 @@ class SliceSampler:
         if not sampling.use_gpu:
             torch.set_num_threads(sampling.threads_per_actor)
         self.bundle = load_bundle(bundle_path)
-        if self.bundle.denoiser is None:
+        if self.bundle.denoiser is None and self.bundle.generator is None:
             raise InputError(f"bundle {bundle_path} is an autoencoder: it draws nothing by itself")
-        self.bundle.autoencoder.to(self.device).eval()
         self._engines: dict[bool, SamplingEngine] = {}
 
     @property
     def batch_shape(self) -> int:
         """Rows of every network call, by which a slice is reproducible."""
+        if self.bundle.generator is not None:
+            return self.sampling.batch_size
         return self._engine(untrained=False).batch_shape
 
     def draw(
@@ -61,11 +65,17 @@ class SliceSampler:
             planned: what to draw.
             untrained: draw with fresh weights instead, as a control.
         """
-        row = {one.sample_id: number for number, one in enumerate(planned)}
-        latents: list[torch.Tensor] = [torch.empty(0)] * len(planned)
-        for finished in self._engine(untrained).run(self._requests(planned)):
-            latents[row[finished.sample_id]] = finished.x_0
-        return self._decode(torch.stack(latents))
+        if self.bundle.generator is not None:
+            hu = self._generate(planned, untrained)
+        else:
+            row = {one.sample_id: number for number, one in enumerate(planned)}
+            drawn: list[torch.Tensor] = [torch.empty(0)] * len(planned)
+            for finished in self._engine(untrained).run(self._requests(planned)):
+                drawn[row[finished.sample_id]] = finished.x_0
+            hu = self._decode(torch.stack(drawn))
+        for image, one in zip(hu, planned, strict=True):
+            _paste_known(image, one.condition)
+        return hu
 
     def denoising(
         self, planned: PlannedSample, num_frames: int
@@ -85,18 +95,23 @@ class SliceSampler:
             if step in shown:
                 frames.append(engine.estimates()[0].clone())
         engine.retire()
-        return shown, self._decode(torch.stack(frames))
+        hu = self._decode(torch.stack(frames))
+        for image in hu:
+            _paste_known(image, planned.condition)
+        return shown, hu
 
     def measure(
         self, hu: NDArray[np.int16], asked: Sequence[PlannedSample]
     ) -> tuple[Measurement, ...]:
-        """Looks in every slice for the nodule that was asked for."""
+        """Looks in every slice for the nodule that was asked for; without one, for nothing."""
         pixel_mm = self.bundle.samples.pixel_mm
         measurements = []
         for image, one in zip(hu, asked, strict=True):
             layout, box = one.condition.layout, one.condition.box
+            if box is None:
+                measurements.append(Measurement(False, np.nan, np.nan, np.nan))
+                continue
             assert layout is not None
-            assert box is not None
             lung = np.isin(layout, NODULE_LUNG_LABELS)
             measurements.append(find_nodule(image, lung, box, pixel_mm))
         return tuple(measurements)
@@ -113,14 +128,30 @@ class SliceSampler:
             )
 
     @torch.inference_mode()
-    def _decode(self, latents: torch.Tensor) -> NDArray[np.int16]:
+    def _generate(self, planned: Sequence[PlannedSample], untrained: bool) -> NDArray[np.int16]:
+        """One call of a GAN's generator for each batch, padded to its fixed shape."""
+        bundle, size = self.bundle, self.sampling.batch_size
+        generator = _fresh_generator(bundle, self.seed) if untrained else bundle.generator
+        assert generator is not None
+        generator.to(self.device).eval()
+        images = []
+        for start in range(0, len(planned), size):
+            conditions = [one.condition for one in planned[start : start + size]]
+            idle = [Condition()] * (size - len(conditions))
+            batch = collate([*conditions, *idle], bundle.samples.size).to(self.device)
+            made = generator(generator.encode(batch))
+            images.append(made[: len(conditions), 0].float().cpu().numpy())
+        return denormalize(np.concatenate(images), bundle.window_hu)
+
+    @torch.inference_mode()
+    def _decode(self, x_0: torch.Tensor) -> NDArray[np.int16]:
         size = self.sampling.batch_size
         images = []
-        for start in range(0, len(latents), size):
-            batch = latents[start : start + size]
+        for start in range(0, len(x_0), size):
+            batch = x_0[start : start + size]
             padded = torch.zeros(size, *batch.shape[1:], device=self.device)
             padded[: len(batch)] = batch
-            decoded = self.bundle.autoencoder.decode(padded / self.bundle.latent_scale)
+            decoded = self.bundle.space.images(padded)
             images.append(decoded[: len(batch), 0].float().cpu().numpy())
         return denormalize(np.concatenate(images), self.bundle.window_hu)
 
@@ -147,9 +178,22 @@ class SliceSampler:
         )
 
 
-def _fresh(bundle: Bundle, seed: int) -> LatentDenoiser:
+def _paste_known(hu: NDArray[np.int16], condition: Condition) -> None:
+    """Puts the known pixels back as they were: windows clip, and round to whole HU."""
+    if condition.known_mask is not None and condition.known_hu is not None:
+        np.copyto(hu, condition.known_hu, where=condition.known_mask)
+
+
+def _fresh(bundle: Bundle, seed: int) -> Denoiser:
     """The bundle's network before any training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("untrained", seed))
         channels, size, _ = bundle.latent_shape
         return build_denoiser(bundle.diffusion, channels, size)
+
+
+def _fresh_generator(bundle: Bundle, seed: int) -> Generator:
+    """The bundle's generator before any training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("untrained", seed))
+        return build_generator(bundle.gan, bundle.samples.size)

@@ -3,6 +3,10 @@
 A sample is its seed. Every slot draws its noise from its own generator, and the network always runs
 at one batch shape, with idle slots padded, so a sample's bits depend on its request and that shape
 alone: not on its mates, its slot or its turn.
+
+Where a condition keeps part of an image, that part replaces the network's estimate of x_0 before
+each update. All samplers here are linear in x_t and x_0 and reproduce x_t's noise level when x_0 is
+right, so the kept part follows alpha_t x + sigma_t noise by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from raysynth.errors import InputError
 from raysynth.models.conditioner import EncodedCondition, collate
 
 if TYPE_CHECKING:
-    from raysynth.models.denoiser import LatentDenoiser
+    from raysynth.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class FinishedSample(NamedTuple):
 
     Attributes:
         sample_id: as in the request.
-        x_0: scaled latents (c, h, w) on the engine's device.
+        x_0: scaled latents, or an image (c, h, w), on the engine's device.
         batch_shape: rows of the network calls that made it; its bits are fixed at this shape.
     """
 
@@ -91,7 +95,7 @@ class SamplingEngine:
 
     def __init__(
         self,
-        denoiser: LatentDenoiser,
+        denoiser: Denoiser,
         schedule: NoiseSchedule,
         prediction_type: PredictionType,
         latent_shape: tuple[int, int, int],
@@ -108,7 +112,7 @@ class SamplingEngine:
             denoiser: the network; moved to `device` and put into evaluation mode.
             schedule: noise levels the network was trained on.
             prediction_type: what the network predicts.
-            latent_shape: (c, h, w) of a sample.
+            latent_shape: (c, h, w) of what is denoised: latents, or the image itself.
             sample_size: pixels along a decoded sample's side, the grid of conditions.
             max_slots: samples a call; fixes the batch shape.
             guided: whether requests may ask for a guidance_scale other than 1.
@@ -119,7 +123,7 @@ class SamplingEngine:
             InputError: it shall be compiled for a CPU, and there is no C++ compiler.
         """
         # Convolutions read images with their channels last without reordering them first.
-        self.denoiser: LatentDenoiser = denoiser.to(  # type: ignore[call-overload]
+        self.denoiser: Denoiser = denoiser.to(  # type: ignore[call-overload]
             device, memory_format=torch.channels_last
         ).eval()
         self._network: Callable[..., Tensor] = self.denoiser.predict
@@ -173,6 +177,10 @@ class SamplingEngine:
         self._put_table(slot, table)
         self._guidance[slot] = request.guidance_scale
         self._x_t[slot] = self._noise[slot].normal_(generator=generator)
+        if encoded.keep is not None and encoded.known is not None:
+            alpha_bar = self.schedule.alphas_cumprod[table.timesteps[0]]
+            noisy = alpha_bar.sqrt() * encoded.known[0] + (1 - alpha_bar).sqrt() * self._noise[slot]
+            self._x_t[slot] = torch.lerp(self._noise[slot], noisy.float(), encoded.keep[0])
         self._x_0[slot] = 0
         return True
 
@@ -185,6 +193,10 @@ class SamplingEngine:
         timestep = self._timesteps[self._slots, self._position]
         p, q, a, b, c, d = self._weights[self._slots, self._position].unbind(1)
         x_0 = torch.addcmul(p * self._x_t, q, self._predict(timestep))
+        if self._encoded.keep is not None and self._encoded.known is not None:
+            # What is known takes part in the update, so that its noise stays that of its step.
+            slots = slice(self.max_slots)
+            x_0 = torch.lerp(x_0, self._encoded.known[slots], self._encoded.keep[slots])
         self._x_t = sampler_step((a, b, c, d), self._x_t, x_0, self._x_0, self._noise)
         self._x_0 = x_0
         self._position += self._stride
@@ -228,14 +240,15 @@ class SamplingEngine:
         self._stride = torch.zeros_like(self._position)
         null = collate([Condition()] * self.batch_shape, self.sample_size).to(self.device)
         encoded = self.denoiser.encode(null)
-        context = None if encoded.context is None else encoded.context.clone()
-        self._encoded = EncodedCondition(encoded.channels.clone(), context)
+        self._encoded = EncodedCondition._make(
+            None if part is None else part.clone() for part in encoded
+        )
 
     def _put_condition(self, slot: int, encoded: EncodedCondition) -> None:
         """Fills a slot's conditional row; the null rows of a guided engine never change."""
-        self._encoded.channels[slot] = encoded.channels[0]
-        if self._encoded.context is not None and encoded.context is not None:
-            self._encoded.context[slot] = encoded.context[0]
+        for mine, given in zip(self._encoded, encoded, strict=True):
+            if mine is not None and given is not None:
+                mine[slot] = given[0]
 
     def _put_table(self, slot: int, table: StepTable) -> None:
         """Writes a slot's course, with the weights that turn predictions into x_0 before a-d."""

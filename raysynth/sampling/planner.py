@@ -36,7 +36,7 @@ class PlannedSample:
 
     Attributes:
         sample_id: unique within the store; the seed follows from it.
-        condition: layout, box and attributes asked for.
+        condition: layout, box and attributes asked for; the layout alone of one without nodule.
         source_sample: row of the real sample that lends its layout.
     """
 
@@ -74,10 +74,19 @@ def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSa
     for number in range(config.sampling.num_samples):
         sample_id = f"{config.name}-{number:08d}"
         rng = np.random.default_rng(seed_of("plan", config.seed, sample_id))
-        source, condition, _ = _draw_until_it_fits(prior, rng)
+        if _is_nodule_free(number, config.sampling.nodule_free):
+            source = int(rng.integers(len(anatomies)))
+            condition = Condition(anatomies[source])
+        else:
+            source, condition, _ = _draw_until_it_fits(prior, rng)
         seed = seed_of("sample", config.seed, sample_id)
         plan.append(PlannedSample(sample_id, seed, condition, int(rows[source])))
     return plan
+
+
+def _is_nodule_free(number: int, share: float) -> bool:
+    """Spreads the share evenly over all numbers: of the first n, n * share, rounded down."""
+    return int((number + 1) * share) > int(number * share)
 
 
 def shuffle_conditions(plan: list[PlannedSample]) -> list[PlannedSample]:

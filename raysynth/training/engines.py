@@ -16,6 +16,7 @@ from torch import nn
 
 from raysynth.config import TrainingConfig
 from raysynth.errors import UnfitCheckpoint
+from raysynth.models.gan import Adversaries
 from raysynth.training.checkpoints import State
 from raysynth.training.context import WorkerContext
 
@@ -77,7 +78,11 @@ class Engine:
         self.module: Any
         self.optimizer: Any
         optimizer = torch.optim.AdamW(
-            module.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+            _parameter_groups(module),
+            config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
 
@@ -184,7 +189,7 @@ class Engine:
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
 
     def _check(self, layout: State) -> None:
         if layout != self.layout():
@@ -298,6 +303,16 @@ class DeepSpeedEngine(Engine):
             "zero_stage": self.zero_stage,
             "num_workers": self.world_size,
         }
+
+
+def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """All parameters, with what the learning rate is multiplied by."""
+    if isinstance(module, Adversaries):
+        return [
+            {"params": list(module.generator.parameters()), "rate": 1.0},
+            {"params": list(module.discriminator.parameters()), "rate": module.discriminator_rate},
+        ]
+    return [{"params": list(module.parameters()), "rate": 1.0}]
 
 
 def deepspeed_config(config: TrainingConfig) -> dict[str, Any]:

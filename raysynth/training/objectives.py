@@ -6,7 +6,7 @@ so a loss does not depend on the number of workers, on micro batches, or on wher
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raysynth.case import CONDITION_COLUMNS
-from raysynth.config.model import LatentDiffusionConfig
+from raysynth.config.base import Section
+from raysynth.config.model import Diffusion, GanConfig, HoleFilling, InpaintingConfig
 from raysynth.diffusion.losses import diffusion_loss
 from raysynth.diffusion.schedule import NoiseSchedule, build_schedule, predicted_x_0, q_sample
+from raysynth.layout.holes import ORGANS, draw_hole
 from raysynth.models.autoencoder import Autoencoder
 from raysynth.models.conditioner import ConditionBatch
-from raysynth.models.denoiser import LatentDenoiser
-from raysynth.preprocess.window import normalize
+from raysynth.models.denoiser import Denoiser
+from raysynth.models.gan import Adversaries
+from raysynth.models.space import PixelSpace, Space
 from raysynth.seeding import seed_of
+from raysynth.window import normalize
 
 Batch = dict[str, NDArray[Any]]
 
@@ -119,31 +123,28 @@ class AutoencoderObjective:
         return normalize(torch.from_numpy(batch["hu"])[:, None].to(device), self.window_hu)
 
 
-class LatentDiffusionObjective:
-    """Denoise latents under a condition (system A)."""
-
-    columns = ("latents", "layout", "box", "ratings")
+class DiffusionObjective:
+    """Denoise latents or images under a condition."""
 
     def __init__(
         self,
-        denoiser: LatentDenoiser,
-        autoencoder: Autoencoder,
-        latent_scale: float,
+        denoiser: Denoiser,
+        space: Space,
         *,
-        config: LatentDiffusionConfig,
+        config: Diffusion,
         seed: int,
     ) -> None:
         """Binds a network to its noise schedule.
 
         Args:
             denoiser: what is trained.
-            autoencoder: decodes previews; it stays as it is.
-            latent_scale: the network sees stored latents times this.
+            space: where it works; an autoencoder stays as it is.
             config: schedule, prediction type and share of dropped conditions.
             seed: the recipe's.
         """
         self.module = denoiser
-        self.autoencoder, self.latent_scale = autoencoder.eval(), latent_scale
+        self.space = space
+        self.columns = (space.column, "layout", "box", "ratings")
         self.config, self.seed = config, seed
         self.schedule = build_schedule(config.schedule, config.num_train_timesteps)
 
@@ -152,36 +153,44 @@ class LatentDiffusionObjective:
         x_0 = self._x_0(batch, device)
         draws = draw(self.seed, batch["position"], 3, tuple(x_0.shape[1:]))
         reader, dropped, time = draws.uniform.unbind(1)
-        condition = condition_of(batch, reader.numpy()).drop(dropped < self.config.condition_drop)
+        condition = with_holes(condition_of(batch, reader.numpy()), batch, self.config, self.seed)
+        condition = condition.drop(dropped < self.config.condition_drop)
         timestep = (time * self.config.num_train_timesteps).long().to(device)
         noise = draws.noise.to(device)
         schedule = self._schedule(device)
         prediction = module(
             q_sample(schedule, x_0, noise, timestep), timestep, condition.to(device)
         )
+        weight = self._weight(condition.to(device))
         losses = diffusion_loss(
-            schedule, self.config.prediction_type, prediction, x_0, noise, timestep
+            schedule, self.config.prediction_type, prediction, x_0, noise, timestep, weight
         )
         return {"loss": losses.mean()}
 
     def preview(self, module: Any, batch: Batch, device: torch.device) -> Tensor:
-        """Decoded latents above what the network makes of them, half-way through the noise."""
+        """Images above what the network makes of them, half-way through the noise."""
         x_0 = self._x_0(batch, device)[:NUM_PREVIEWED]
         positions = batch["position"][:NUM_PREVIEWED]
         noise = draw(self.seed, positions, 0, tuple(x_0.shape[1:])).noise.to(device)
         timestep = torch.full((len(x_0),), self.config.num_train_timesteps // 2, device=device)
-        condition = condition_of(batch, np.zeros(len(batch["position"]), np.float32)).to(device)
+        condition = condition_of(batch, np.zeros(len(batch["position"]), np.float32))
+        condition = with_holes(condition, batch, self.config, self.seed).to(device)
         schedule = self._schedule(device)
         x_t = q_sample(schedule, x_0, noise, timestep)
         prediction = module(x_t, timestep, condition.select(slice(len(x_0))))
         guess = predicted_x_0(schedule, self.config.prediction_type, x_t, prediction, timestep)
-        decode = self.autoencoder.to(device).decode
-        return _grid([decode(latents / self.latent_scale) for latents in (x_0, guess)])
+        return _grid([self.space.images(one) for one in (x_0, guess)])
 
     def _x_0(self, batch: Batch, device: torch.device) -> Tensor:
-        """Scaled latents, (B, c, h, w)."""
-        stored = torch.from_numpy(batch["latents"]).to(device, torch.float32)
-        return stored * self.latent_scale
+        """What is denoised, (B, c, h, w)."""
+        return self.space.x_0(torch.from_numpy(batch[self.space.column]).to(device))
+
+    def _weight(self, condition: ConditionBatch) -> Tensor | None:
+        """Of every pixel in the loss, (B, 1, *spatial): holes count more than what is known."""
+        if not isinstance(self.config, InpaintingConfig) or condition.known_mask is None:
+            return None
+        outside = self.config.outside_weight
+        return torch.where(condition.known_mask, outside, 1.0)[:, None]
 
     def _schedule(self, device: torch.device) -> NoiseSchedule:
         """The schedule where the batch is: copied once, not at every step."""
@@ -190,6 +199,68 @@ class LatentDiffusionObjective:
                 self.schedule.betas.to(device), self.schedule.alphas_cumprod.to(device)
             )
         return self.schedule
+
+
+class AdversarialObjective:
+    """Draw images of conditions in one call, and tell them from real ones."""
+
+    columns = ("hu", "layout", "box", "ratings")
+
+    def __init__(self, adversaries: Adversaries, *, config: GanConfig, seed: int) -> None:
+        """Binds the networks to their window.
+
+        Args:
+            adversaries: what is trained.
+            config: window, and what holes are made of.
+            seed: the recipe's.
+        """
+        self.module = adversaries
+        self.config, self.seed = config, seed
+        self.space = PixelSpace(config.window_hu)
+
+    def loss(self, module: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """The terms of both networks, and their sum."""
+        terms = module(*self._inputs(batch, device))
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+    def preview(self, module: Any, batch: Batch, device: torch.device) -> Tensor:
+        """Images above what is made of their conditions."""
+        images, condition = self._inputs(batch, device)
+        few = condition.select(slice(NUM_PREVIEWED))
+        made = module.generator(module.generator.encode(few))
+        return _grid([images[:NUM_PREVIEWED], made])
+
+    def _inputs(self, batch: Batch, device: torch.device) -> tuple[Tensor, ConditionBatch]:
+        # No reader is drawn: neither network hears of scores.
+        condition = condition_of(batch, np.zeros(len(batch["position"]), np.float32))
+        condition = with_holes(condition, batch, self.config, self.seed)
+        images = self.space.x_0(torch.from_numpy(batch["hu"]).to(device))
+        return images, condition.to(device)
+
+
+def with_holes(
+    condition: ConditionBatch, batch: Batch, config: Section, seed: int
+) -> ConditionBatch:
+    """For a model that fills holes, the conditions with a hole in every sample; else as they are.
+
+    Args:
+        condition: of the batch.
+        batch: `hu`, `layout` and `position`, from which each hole follows.
+        config: the model's.
+        seed: the recipe's.
+    """
+    if not isinstance(config, HoleFilling):
+        return condition
+    labels = [label for organ in config.organs for label in ORGANS[organ]]
+    holes = [
+        draw_hole(layout, labels, np.random.default_rng(seed_of("hole", seed, position)))
+        for layout, position in zip(batch["layout"], batch["position"].tolist(), strict=True)
+    ]
+    return replace(
+        condition,
+        known_hu=torch.from_numpy(batch["hu"]),
+        known_mask=torch.from_numpy(~np.stack(holes)),
+    )
 
 
 def condition_of(batch: Batch, reader: NDArray[np.float32]) -> ConditionBatch:

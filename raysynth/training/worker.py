@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import zarr
 from numpy.typing import NDArray
+from torch import Tensor
 
-from raysynth.config import ExperimentConfig, LatentDiffusionConfig
+from raysynth.config import Diffusion, ExperimentConfig, Gan, LatentDiffusionConfig
 from raysynth.data.encode import latents_path
 from raysynth.data.stream import SampleStream
 from raysynth.errors import InputError
@@ -21,7 +22,8 @@ from raysynth.models.autoencoder import VQAutoencoder, build_autoencoder
 from raysynth.models.bundle import bundle_digest, load_bundle, read_facts, save_bundle
 from raysynth.models.denoiser import build_denoiser
 from raysynth.models.facts import BundleFacts
-from raysynth.preprocess.window import normalize
+from raysynth.models.gan import build_adversaries
+from raysynth.models.space import LatentSpace, PixelSpace, Space
 from raysynth.seeding import fingerprint, seed_of
 from raysynth.store.reader import SampleSet, case_attrs, open_group
 from raysynth.store.repository import main_snapshot, open_root
@@ -31,7 +33,13 @@ from raysynth.training.context import WorkerContext
 from raysynth.training.engines import choose_engine
 from raysynth.training.history import HISTORY_FILE
 from raysynth.training.loop import Outcome, RunFiles, fit
-from raysynth.training.objectives import AutoencoderObjective, LatentDiffusionObjective, Objective
+from raysynth.training.objectives import (
+    AdversarialObjective,
+    AutoencoderObjective,
+    DiffusionObjective,
+    Objective,
+)
+from raysynth.window import normalize
 
 SUMMARY_FILE = "summary.json"
 
@@ -214,7 +222,10 @@ def build_objective(
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", config.seed))
-        if not isinstance(model, LatentDiffusionConfig):
+        if isinstance(model, Gan):
+            adversaries = build_adversaries(model, config.slices.size)
+            return AdversarialObjective(adversaries, config=model, seed=config.seed)
+        if not isinstance(model, Diffusion):
             cells = config.slices.size // model.downsampling
             shape = (model.latent_channels, cells, cells)
             autoencoder = build_autoencoder(model)
@@ -222,15 +233,18 @@ def build_objective(
                 hu = _first_training_slices(samples, NUM_CODE_SLICES)
                 autoencoder.spread_codes(torch.from_numpy(normalize(hu, model.window_hu)[:, None]))
             return AutoencoderObjective(autoencoder, model.window_hu, shape, config.seed)
-        assert latents is not None
-        channels, size, _ = latents.shape
-        return LatentDiffusionObjective(
-            build_denoiser(model, channels, size),
-            load_bundle(config.autoencoder_path).autoencoder,
-            latents.attrs["latent_scale"],
-            config=model,
-            seed=config.seed,
-        )
+        space: Space
+        if isinstance(model, LatentDiffusionConfig):
+            assert latents is not None
+            channels, size, _ = latents.shape
+            denoiser = build_denoiser(model, channels, size)
+            decoder = load_bundle(config.autoencoder_path).autoencoder
+            assert decoder is not None
+            space = LatentSpace(decoder, latents.attrs["latent_scale"])
+        else:
+            denoiser = build_denoiser(model, 1, config.slices.size)
+            space = PixelSpace(model.window_hu)
+        return DiffusionObjective(denoiser, space, config=model, seed=config.seed)
 
 
 def _first_training_slices(samples: SampleSet, count: int) -> NDArray[np.int16]:
@@ -257,12 +271,15 @@ def _save_bundle(
     splits = {case.patient_key: case.split for case in cases}
     patients = Counter(splits.values())
     autoencoder, latent_scale = None, 1.0
-    autoencoder_weights, denoiser_weights = outcome.weights, None
-    if isinstance(objective, LatentDiffusionObjective):
-        autoencoder = read_facts(config.autoencoder_path).autoencoder_config
-        latent_scale = objective.latent_scale
-        autoencoder_weights = objective.autoencoder.state_dict()
-        denoiser_weights = outcome.weights
+    weights: dict[str, dict[str, Tensor]] = {"autoencoder": outcome.weights}
+    if isinstance(objective, AdversarialObjective):
+        weights = {"generator": _of_generator(outcome.weights)}
+    if isinstance(objective, DiffusionObjective):
+        weights = {"denoiser": outcome.weights}
+        if isinstance(objective.space, LatentSpace):
+            autoencoder = read_facts(config.autoencoder_path).autoencoder_config
+            weights["autoencoder"] = objective.space.autoencoder.state_dict()
+            latent_scale = objective.space.latent_scale
     facts = BundleFacts(
         model=config.model,
         autoencoder=autoencoder,
@@ -275,7 +292,15 @@ def _save_bundle(
         indicative=is_indicative(len(splits)),
         seen_samples=outcome.now.seen_samples,
     )
-    return save_bundle(config.bundle_path, facts, autoencoder_weights, denoiser_weights)
+    return save_bundle(config.bundle_path, facts, **weights)
+
+
+def _of_generator(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Its part of both networks' weights: the discriminator has done its work."""
+    own = "generator."
+    return {
+        name.removeprefix(own): tensor for name, tensor in weights.items() if name.startswith(own)
+    }
 
 
 def _run_identity(config: ExperimentConfig, plan: RunPlan) -> dict[str, str | float | None]:

@@ -72,7 +72,7 @@ def test_every_recipe_parses_and_survives_its_own_dump(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in RECIPES if path.stem.startswith("lidc_") and "tiny" not in path.stem],
+    [path for path in RECIPES if not path.stem.startswith("phantom_") and "tiny" not in path.stem],
     ids=lambda path: path.stem,
 )
 def test_every_published_recipe_has_a_tiny_sibling_of_the_same_structure(path: Path) -> None:

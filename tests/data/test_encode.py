@@ -13,10 +13,10 @@ from raysynth.errors import InputError
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.bundle import load_bundle, save_bundle
 from raysynth.models.facts import BundleFacts
-from raysynth.preprocess.window import normalize
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 from raysynth.store.validate import validate
+from raysynth.window import normalize
 from tests.data.tiny import tiny_config
 
 pytestmark = pytest.mark.ray

@@ -1,11 +1,18 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
+from raysynth.condition import Condition
 from raysynth.config.data import SliceSamples
-from raysynth.config.model import AutoencoderKLConfig, LatentDiffusionConfig, VQVAEConfig
+from raysynth.config.model import (
+    AutoencoderKLConfig,
+    LatentDiffusionConfig,
+    SemanticDiffusionConfig,
+    VQVAEConfig,
+)
 from raysynth.errors import InputError
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.bundle import load_bundle, read_facts, save_bundle
@@ -96,6 +103,24 @@ def test_diffusion_model_survives(diffusion_bundle):
     with torch.no_grad():
         expected = denoiser.eval()(x_t, timestep, condition)
         assert torch.equal(bundle.denoiser(x_t, timestep, condition), expected)
+
+
+def test_a_model_of_pixels_needs_no_autoencoder(tmp_path):
+    small = {name: getattr(DIFFUSION, name) for name in ("channels", "attention_levels")}
+    groups = {"num_head_channels": 8, "norm_num_groups": 8, "layout_channels": 8}
+    model = SemanticDiffusionConfig(**small, **groups, window_hu=(-1350, 150))
+    torch.manual_seed(0)
+    denoiser = build_denoiser(model, 1, 32).eval()
+    digest = save_bundle(tmp_path / "semantic", facts(model), None, denoiser.state_dict())
+    bundle = load_bundle(tmp_path / "semantic")
+    assert (bundle.digest, bundle.autoencoder) == (digest, None)
+    assert (bundle.window_hu, bundle.latent_shape) == ((-1350, 150), (1, 32, 32))
+    condition = collate([Condition(np.eye(32, dtype=np.uint8))], 32)
+    x_t, timestep = torch.randn(1, 1, 32, 32), torch.tensor([3])
+    with torch.no_grad():
+        assert torch.equal(
+            bundle.denoiser(x_t, timestep, condition), denoiser(x_t, timestep, condition)
+        )
 
 
 def test_no_path_of_the_training_machine_is_kept(diffusion_bundle):

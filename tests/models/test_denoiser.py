@@ -4,11 +4,12 @@ import torch
 
 from raysynth.case import Label
 from raysynth.condition import Condition
-from raysynth.config.model import LatentDiffusionConfig
+from raysynth.config.model import LatentDiffusionConfig, SemanticDiffusionConfig
 from raysynth.diffusion.losses import diffusion_loss
 from raysynth.diffusion.schedule import build_schedule, q_sample
-from raysynth.models.conditioner import collate
-from raysynth.models.denoiser import LatentDenoiser, build_denoiser
+from raysynth.models.conditioner import collate, one_hot_layout
+from raysynth.models.denoiser import Denoiser, build_denoiser
+from raysynth.models.monai import SPADE
 
 CONFIGURATIONS = [(1, "tokens"), *((n, c) for n in (2, 3, 4) for c in ("tokens", "single"))]
 
@@ -27,7 +28,7 @@ def tiny(conditioning=4, context="tokens"):
     return build_denoiser(config, latent_channels=3, latent_size=8)
 
 
-def awake(denoiser: LatentDenoiser) -> LatentDenoiser:
+def awake(denoiser: Denoiser) -> Denoiser:
     """MONAI starts output layers at zero; trained ones are not."""
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -80,6 +81,74 @@ def test_each_configuration_sees_its_parts_and_no_others(conditioning, context):
     assert differs(denoiser, batch, without_box)
     assert differs(denoiser, batch, without_scores) == (conditioning >= 3)
     assert differs(denoiser, batch, without_lungs) == (conditioning >= 4)
+
+
+def semantic(**changes):
+    small = {"channels": (8, 16), "attention_levels": (False, True), "num_res_blocks": 1}
+    groups = {"num_head_channels": 8, "norm_num_groups": 8, "layout_channels": 8}
+    config = SemanticDiffusionConfig(**small | groups | changes)
+    return build_denoiser(config, latent_channels=1, latent_size=32)
+
+
+def test_labels_become_channels():
+    layout = torch.tensor([[[0, 1, 2], [3, 4, 5], [16, 200, 5]], [[0] * 3] * 3], dtype=torch.uint8)
+    channels = one_hot_layout(layout)
+    assert channels.shape == (2, 6, 3, 3)
+    assert channels[0].argmax(dim=0).tolist() == [[0, 1, 2], [3, 4, 5], [4, 4, 5]]
+    assert (channels[0].sum(dim=0) == 1).all()
+    assert not channels[1].any()  # the null condition
+
+
+def test_scale_and_shift_follow_the_layout_as_published():
+    torch.manual_seed(0)
+    spade = next(part for part in semantic().modules() if isinstance(part, SPADE))
+    x, layout = torch.randn(1, spade.mlp_beta.out_channels, 8, 8), torch.zeros(1, 6, 16, 16)
+    layout[:, 2, :, :] = 1  # one label everywhere still says which
+    weights = {name: parameter.detach() for name, parameter in spade.named_parameters()}
+
+    def convolved(x, name):
+        weight, bias = weights[f"{name}.conv.weight"], weights[f"{name}.conv.bias"]
+        return torch.nn.functional.conv2d(x, weight, bias, padding=1)
+
+    hidden = convolved(layout[:, :, ::2, ::2], "mlp_shared").relu()
+    normalized = torch.nn.functional.group_norm(x, 8, eps=spade.param_free_norm.eps)
+    expected = normalized * (1 + convolved(hidden, "mlp_gamma")) + convolved(hidden, "mlp_beta")
+    torch.testing.assert_close(spade(x, layout), expected)
+
+
+def test_a_semantic_network_sees_the_layout_alone():
+    torch.manual_seed(0)
+    denoiser, batch = awake(semantic()), conditions()
+    x_t, timestep = torch.randn(2, 1, 32, 32), torch.tensor([10, 900])
+    prediction = denoiser(x_t, timestep, batch)
+    assert prediction.shape == x_t.shape
+    prediction.square().mean().backward()
+    for name, parameter in denoiser.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    null = batch.null()
+    without_layout = type(batch)(null.layout, batch.box, batch.attributes)
+    layout_alone = type(batch)(batch.layout, null.box, null.attributes)
+    with torch.no_grad():
+        assert (prediction - denoiser(x_t, timestep, without_layout)).abs().max() > 1e-4
+        assert torch.equal(prediction, denoiser(x_t, timestep, layout_alone))
+
+
+def test_a_semantic_network_of_published_size():
+    with torch.device("meta"):
+        denoiser = semantic(
+            channels=(256, 256, 512, 512, 1024, 1024),
+            attention_levels=(False, False, False, True, True, True),
+            num_res_blocks=2,
+            num_head_channels=64,
+            norm_num_groups=32,
+            layout_channels=128,
+        )
+        x_t = torch.empty(2, 1, 256, 256)
+        encoded = one_hot_layout(torch.empty(2, 256, 256, dtype=torch.uint8))
+    assert 0.4e9 < sum(parameter.numel() for parameter in denoiser.parameters()) < 0.8e9
+    prediction = denoiser.unet(x_t, torch.empty(2, device="meta"), seg=encoded)
+    assert prediction.shape == x_t.shape
 
 
 def test_encoding_once_changes_nothing():

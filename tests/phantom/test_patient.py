@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from raysynth.case import LUNG_LABELS, Case, Label
 from raysynth.config.data import PhantomSource
@@ -128,6 +129,11 @@ def test_an_abdomen_has_its_organs() -> None:
         organ = layout == label
         assert low < organ.sum() * millilitres < high, label
         assert 20 < np.median(hu[organ]) < 250, label
+    tumour, liver = layout == Label.TUMOUR, layout == Label.LIVER
+    assert 1 < tumour.sum() * millilitres < 120
+    assert np.median(hu[tumour]) < np.median(hu[liver]) - 15
+    around = ndimage.binary_dilation(tumour) & ~tumour
+    assert (layout[around] == Label.LIVER).all()
     x_of = {label: np.argwhere(layout == label)[:, 2].mean() for label in np.unique(layout)}
     assert x_of[Label.LIVER] < x_of[Label.SPLEEN]
     assert x_of[Label.RIGHT_KIDNEY] < x_of[Label.LEFT_KIDNEY]

@@ -33,7 +33,13 @@ MODEL = {
 
 def drawing_config(work_dir: Path, **sampling: object) -> ExperimentConfig:
     """A recipe of two shards of samples and their controls, four steps each."""
-    values = {"num_samples": 70, "num_inference_steps": 4, "batch_size": 8, "num_actors": 2}
+    values = {
+        "num_samples": 70,
+        "num_inference_steps": 4,
+        "nodule_free": 0.1,
+        "batch_size": 8,
+        "num_actors": 2,
+    }
     return ExperimentConfig.model_validate(
         tiny_config(work_dir).model_dump() | {"model": MODEL, "sampling": values | sampling}
     )

@@ -61,8 +61,9 @@ def test_every_sample_carries_its_request(drawn: ExperimentConfig) -> None:
     assert run.count == len(plan) == 70
     for column, values in {
         "seed": [one.seed for one in plan],
-        "box": [one.condition.box for one in plan],
-        "attributes": [one.condition.attributes for one in plan],
+        "box": [one.condition.box or (-1,) * 4 for one in plan],
+        "attributes": [one.condition.attributes or (0,) * 5 for one in plan],
+        "has_nodule": [one.condition.box is not None for one in plan],
         "source_sample": [one.source_sample for one in plan],
     }.items():
         assert np.array_equal(run.index[column], np.array(values, run.index[column].dtype)), column
@@ -70,7 +71,11 @@ def test_every_sample_carries_its_request(drawn: ExperimentConfig) -> None:
     assert (run.index["copied_fraction"] == 0).all()
     assert (run.index["source_case"] == samples.index["case"][run.index["source_sample"]]).all()
     assert (samples.index["split"][run.index["source_sample"]] == 0).all()
-    assert (run.read("layout") == Label.NODULE).any(axis=(1, 2)).all()
+    shows_nodule = (run.read("layout") == Label.NODULE).any(axis=(1, 2))
+    assert np.array_equal(shows_nodule, run.index["has_nodule"] == 1)
+    assert np.count_nonzero(~shows_nodule) == 7
+    assert run.index["accepted"][~shows_nodule].all()
+    assert not run.index["found"][~shows_nodule].any()
     assert run.attrs["passport"]["synthetic"] is True
     assert validate(drawn.store_url, full=True) == []
 

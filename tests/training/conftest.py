@@ -11,12 +11,12 @@ import zarr
 
 from raysynth.config import ExperimentConfig
 from raysynth.models.bundle import load_bundle
-from raysynth.preprocess.window import normalize
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, write_rows
 from raysynth.training.launch import train
+from raysynth.window import normalize
 from storage_schema.v1 import latents
 from tests.store.conftest import COUNT, SIZE, make_store
 

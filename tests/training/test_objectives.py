@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from raysynth.case import CONDITION_COLUMNS
-from raysynth.config import LatentDiffusionConfig
+from raysynth.config import InpaintingConfig, LatentDiffusionConfig, SemanticDiffusionConfig
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.denoiser import build_denoiser
-from raysynth.training.objectives import LatentDiffusionObjective, condition_of, draw
+from raysynth.models.space import LatentSpace, PixelSpace
+from raysynth.training.objectives import DiffusionObjective, condition_of, draw, with_holes
 from tests.training.conftest import DIFFUSION
 from tests.training.tiny import MODEL, ArrayStream, tiny_objective
 
@@ -29,13 +30,14 @@ def diffusion_batch(count: int) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @pytest.fixture(scope="module")
-def diffusion() -> LatentDiffusionObjective:
+def diffusion() -> DiffusionObjective:
     config = LatentDiffusionConfig.model_validate(DIFFUSION | {"condition_drop": 0.5})
     torch.manual_seed(0)
     denoiser = build_denoiser(config, 2, 8)
     for parameter in denoiser.parameters():  # the last layers start at zero: nothing would show
         torch.nn.init.normal_(parameter, std=0.05)
-    return LatentDiffusionObjective(denoiser, build_autoencoder(MODEL), 0.7, config=config, seed=3)
+    space = LatentSpace(build_autoencoder(MODEL).eval(), 0.7)
+    return DiffusionObjective(denoiser, space, config=config, seed=3)
 
 
 def test_draws_belong_to_the_position_alone() -> None:
@@ -52,9 +54,7 @@ def test_draws_belong_to_the_position_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "diffusion"])
-def test_a_batch_has_the_mean_loss_of_its_parts(
-    kind: str, diffusion: LatentDiffusionObjective
-) -> None:
+def test_a_batch_has_the_mean_loss_of_its_parts(kind: str, diffusion: DiffusionObjective) -> None:
     objective: Any = diffusion if kind == "diffusion" else tiny_objective()
     batch = diffusion_batch(8) if kind == "diffusion" else next(ArrayStream(8).batches(3))
     with torch.no_grad():
@@ -67,14 +67,15 @@ def test_a_batch_has_the_mean_loss_of_its_parts(
 
 
 def test_gradients_reach_the_denoiser_and_never_the_autoencoder(
-    diffusion: LatentDiffusionObjective,
+    diffusion: DiffusionObjective,
 ) -> None:
     diffusion.loss(diffusion.module, diffusion_batch(8), CPU)["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in diffusion.module.parameters())
-    assert all(p.grad is None for p in diffusion.autoencoder.parameters())
+    assert isinstance(diffusion.space, LatentSpace)
+    assert all(p.grad is None for p in diffusion.space.autoencoder.parameters())
 
 
-def test_pictures_are_pictures(diffusion: LatentDiffusionObjective) -> None:
+def test_pictures_are_pictures(diffusion: DiffusionObjective) -> None:
     with torch.no_grad():
         pictures = [
             diffusion.preview(diffusion.module, diffusion_batch(6), CPU),
@@ -83,6 +84,54 @@ def test_pictures_are_pictures(diffusion: LatentDiffusionObjective) -> None:
     for picture in pictures:
         assert picture.shape == (1, 2 * 16, 4 * 16)
         assert 0 <= picture.min() < picture.max() <= 1
+
+
+def test_pixels_are_denoised_in_their_window() -> None:
+    config = SemanticDiffusionConfig.model_validate(
+        {name: value for name, value in DIFFUSION.items() if name != "autoencoder"}
+        | {"family": "semantic_diffusion", "layout_channels": 8, "window_hu": (-1000, 400)}
+    )
+    objective = DiffusionObjective(
+        build_denoiser(config, 1, 16), PixelSpace((-1000, 400)), config=config, seed=3
+    )
+    batch = diffusion_batch(6)
+    batch["hu"] = np.random.default_rng(1).integers(-1100, 500, (6, 16, 16)).astype(np.int16)
+    assert objective.columns == ("hu", "layout", "box", "ratings")
+    with torch.no_grad():
+        # A fresh network predicts nothing: its loss is the variance of the noise.
+        assert 0.8 < objective.loss(objective.module, batch, CPU)["loss"] < 1.2
+        picture = objective.preview(objective.module, batch, CPU)
+    shown = picture[0, :16, :16]
+    expected = (batch["hu"][0].clip(-1000, 400) + 1000) / 1400
+    np.testing.assert_allclose(shown.numpy(), expected, atol=1e-6)
+
+
+def test_holes_follow_the_position_and_count_more() -> None:
+    config = InpaintingConfig.model_validate(
+        {name: value for name, value in DIFFUSION.items() if name != "autoencoder"}
+        | {"family": "inpainting", "organs": ("lung",), "outside_weight": 0.25}
+    )
+    objective = DiffusionObjective(
+        build_denoiser(config, 1, 16), PixelSpace(config.window_hu), config=config, seed=3
+    )
+    batch = diffusion_batch(6)
+    batch["hu"] = np.full((6, 16, 16), 40, np.int16)
+    reader = np.zeros(6, np.float32)
+    condition = with_holes(condition_of(batch, reader), batch, config, 3)
+    few = {name: rows[2:4] for name, rows in batch.items()}
+    again = with_holes(condition_of(few, reader[2:4]), few, config, 3)
+    assert condition.known_mask is not None
+    assert again.known_mask is not None
+    assert torch.equal(again.known_mask, condition.known_mask[2:4])
+    assert 0 < condition.known_mask.float().mean() < 1
+    weight = objective._weight(condition)
+    assert weight is not None
+    assert weight[:, 0][condition.known_mask].unique().tolist() == [0.25]
+    assert weight[:, 0][~condition.known_mask].unique().tolist() == [1.0]
+    # A dropped condition leaves nothing known: then every pixel counts the same.
+    assert (objective._weight(condition.null()) == 1).all()
+    with torch.no_grad():
+        assert 0.8 < objective.loss(objective.module, batch, CPU)["loss"] < 1.2
 
 
 def test_one_reader_who_is_there_gives_all_scores() -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysynth.preprocess.window import denormalize, normalize
+from raysynth.window import denormalize, normalize
 
 WINDOWS = [(-1000.0, 2500.0), (-1000.0, 400.0), (-1350.0, 150.0)]
 

@@ -1,0 +1,242 @@
+"""The adversarial baselines: a generator, and a discriminator that is gone after training."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
+
+from raysynth.config.model import GanConfig, Pix2PixConfig, SpadeGanConfig
+from raysynth.models.conditioner import NUM_CLASSES, ConditionBatch, one_hot_layout
+from raysynth.models.denoiser import published_spade, split_known
+from raysynth.models.monai import PatchDiscriminator, SPADEDecoder, UNet
+
+
+class Generator(nn.Module, ABC):
+    """Draws images of conditions in one call."""
+
+    @abstractmethod
+    def encode(self, condition: ConditionBatch) -> Tensor:
+        """What generator and discriminator read of conditions, (B, k, y, x)."""
+
+    @abstractmethod
+    def forward(self, encoded: Tensor) -> Tensor:
+        """Images in [-1, 1], (B, 1, y, x)."""
+
+
+class SpadeGenerator(Generator):
+    """Park et al. 2019 without their image encoder: the layout alone decides the image."""
+
+    def __init__(self, config: SpadeGanConfig, size: int) -> None:
+        super().__init__()
+        first = config.channels[0]
+        self.decoder = published_spade(
+            SPADEDecoder(
+                spatial_dims=2,
+                out_channels=first,
+                label_nc=NUM_CLASSES,
+                input_shape=(size, size),
+                channels=list(reversed(config.channels)),  # it keeps and changes the list
+                is_vae=False,
+                spade_intermediate_channels=config.layout_channels,
+            )
+        )
+        for name, module in list(self.decoder.named_modules()):
+            if name.endswith(("conv_0.conv", "conv_1.conv", "conv_s.conv")):
+                spectral_norm(module)
+        self.last = nn.Conv2d(first, 1, 3, padding=1)
+
+    def encode(self, condition: ConditionBatch) -> Tensor:
+        """A channel for each label."""
+        return one_hot_layout(condition.layout)
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        """Images in [-1, 1], (B, 1, y, x)."""
+        return torch.tanh(self.last(self.decoder(encoded)))
+
+
+class Pix2PixGenerator(Generator):
+    """A U-Net from the image with its hole and the hole's mask to the image."""
+
+    def __init__(self, config: Pix2PixConfig) -> None:
+        super().__init__()
+        self.window_hu = config.window_hu
+        self.unet = UNet(
+            spatial_dims=2,
+            in_channels=2,
+            out_channels=1,
+            channels=config.channels,
+            strides=(2,) * (len(config.channels) - 1),
+            norm="BATCH",
+            dropout=config.dropout,
+        )
+
+    def encode(self, condition: ConditionBatch) -> Tensor:
+        """The image, 0 in the hole, and the mask, 1 there."""
+        known, keep = split_known(condition, self.window_hu)
+        return torch.cat([known, 1 - keep], dim=1)
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        """Images in [-1, 1], (B, 1, y, x)."""
+        return torch.tanh(self.unet(encoded))
+
+
+class Adversaries(nn.Module, ABC):
+    """A generator and its discriminator, trained side by side: each one's loss moves it alone."""
+
+    def __init__(self, generator: Generator, discriminator: nn.Module, rate: float) -> None:
+        """Puts both together; the discriminator learns at `rate` times the generator's rate."""
+        super().__init__()
+        self.generator = generator
+        self.discriminator = discriminator
+        self.discriminator_rate = rate
+
+    def forward(self, images: Tensor, condition: ConditionBatch) -> dict[str, Tensor]:
+        """Weighted scalar terms whose sum is the loss.
+
+        Args:
+            images: real ones, (B, 1, y, x) in [-1, 1].
+            condition: theirs.
+        """
+        encoded = self.generator.encode(condition)
+        made = self.generator(encoded)
+        with _frozen(self.discriminator):
+            terms = self.generator_terms(images, made, encoded)
+        real, fake = self._judge(images, encoded), self._judge(made.detach(), encoded)
+        return {**terms, "discriminator": self.discriminator_loss(real, fake)}
+
+    @abstractmethod
+    def generator_terms(self, images: Tensor, made: Tensor, encoded: Tensor) -> dict[str, Tensor]:
+        """What the generator minimises."""
+
+    @abstractmethod
+    def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
+        """What the discriminator minimises, from its outputs for real and generated images."""
+
+    def _judge(self, images: Tensor, encoded: Tensor) -> Any:
+        return self.discriminator(torch.cat([images, encoded], dim=1))
+
+
+class MultiScaleDiscriminator(nn.Module):
+    """Judges patches of the image, and of the image at half its size, and so on (Wang et al. 2018).
+
+    MONAI's own makes each further one deeper instead, until nothing is left of a small image.
+    """
+
+    def __init__(self, config: SpadeGanConfig) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(
+            PatchDiscriminator(
+                spatial_dims=2,
+                channels=config.discriminator_channels,
+                in_channels=1 + NUM_CLASSES,
+                num_layers_d=config.discriminator_layers,
+                norm="INSTANCE",
+            )
+            for _ in range(config.num_discriminators)
+        )
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Scores of the patches at every scale, and the features behind them."""
+        scores, features = [], []
+        for discriminator in self.scales:
+            *of_scale, score = discriminator(x)
+            scores.append(score)
+            features.append(of_scale)
+            x = functional.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+        return scores, features
+
+
+class SpadeAdversaries(Adversaries):
+    """Hinge loss and feature matching over several scales (Park et al. 2019, section 3)."""
+
+    def __init__(self, config: SpadeGanConfig, size: int) -> None:
+        discriminator = MultiScaleDiscriminator(config)
+        super().__init__(SpadeGenerator(config, size), discriminator, config.discriminator_rate)
+        self.feature_weight = config.feature_weight
+
+    def generator_terms(self, images: Tensor, made: Tensor, encoded: Tensor) -> dict[str, Tensor]:
+        """To be taken for real, and to look alike inside the discriminator."""
+        scores, features = self._judge(made, encoded)
+        with torch.no_grad():
+            _, wanted = self._judge(images, encoded)
+        matching = torch.stack(
+            [
+                functional.l1_loss(one, other)
+                for of_scale, wanted_of_scale in zip(features, wanted, strict=True)
+                for one, other in zip(of_scale, wanted_of_scale, strict=True)
+            ]
+        ).mean()
+        return {
+            "generator": -torch.stack([score.mean() for score in scores]).mean(),
+            "features": self.feature_weight * matching,
+        }
+
+    def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
+        """The hinge loss, mean over scales."""
+        losses = [
+            functional.relu(1 - true).mean() + functional.relu(1 + false).mean()
+            for true, false in zip(real[0], fake[0], strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+
+class Pix2PixAdversaries(Adversaries):
+    """The vanilla GAN loss on patches and 100 x L1 (Isola et al. 2017, eq. 4)."""
+
+    def __init__(self, config: Pix2PixConfig) -> None:
+        discriminator = PatchDiscriminator(
+            spatial_dims=2,
+            channels=config.discriminator_channels,
+            in_channels=3,
+            num_layers_d=config.discriminator_layers,
+            norm="BATCH",
+        )
+        super().__init__(Pix2PixGenerator(config), discriminator, config.discriminator_rate)
+        self.l1_weight = config.l1_weight
+
+    def generator_terms(self, images: Tensor, made: Tensor, encoded: Tensor) -> dict[str, Tensor]:
+        """To be taken for real, and to be near the image."""
+        scores = self._judge(made, encoded)[-1]
+        return {
+            "generator": _cross_entropy(scores, 1.0),
+            "l1": self.l1_weight * functional.l1_loss(made, images),
+        }
+
+    def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
+        """Half the sum of both errors, as published."""
+        return 0.5 * (_cross_entropy(real[-1], 1.0) + _cross_entropy(fake[-1], 0.0))
+
+
+def build_adversaries(config: GanConfig, size: int) -> Adversaries:
+    """A fresh generator with its discriminator, for images of `size` pixels a side."""
+    if isinstance(config, SpadeGanConfig):
+        return SpadeAdversaries(config, size)
+    return Pix2PixAdversaries(config)
+
+
+def build_generator(config: GanConfig, size: int) -> Generator:
+    """A fresh generator alone."""
+    if isinstance(config, SpadeGanConfig):
+        return SpadeGenerator(config, size)
+    return Pix2PixGenerator(config)
+
+
+def _cross_entropy(scores: Tensor, truth: float) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(scores, torch.full_like(scores, truth))
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Gradients pass through the module to its input, and leave it alone."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
