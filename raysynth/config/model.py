@@ -15,17 +15,24 @@ Organ = Literal["lung", "nodule", "liver", "kidney", "spleen", "tumour"]
 """What a hole may be made of: lungs and kidneys are both sides."""
 
 
-def _check_window(window_hu: Window) -> None:
-    low, high = window_hu
-    if not low < high:
-        raise ValueError(f"window_hu {window_hu}: give (low, high) with low < high")
+class OfImages(Section):
+    """A field of models that read or draw images themselves."""
+
+    window_hu: Window = (-1000.0, 400.0)
+    """HU that map to -1 and 1; what lies outside is clipped."""
+
+    @model_validator(mode="after")
+    def _check_window(self) -> OfImages:
+        low, high = self.window_hu
+        if not low < high:
+            raise ValueError(f"window_hu {self.window_hu}: give (low, high) with low < high")
+        return self
 
 
-class Autoencoder(Section):
+class Autoencoder(OfImages):
     """Fields that both autoencoders share. `channels` has one entry a level, each level halves."""
 
     window_hu: Window = (-1000.0, 2500.0)
-    """HU that map to -1 and 1; what lies outside is clipped."""
     channels: tuple[PositiveInt, ...] = Field((64, 128, 256), min_length=1)
     num_res_blocks: int = Field(2, ge=1)
     norm_num_groups: int = Field(32, ge=1)
@@ -37,7 +44,6 @@ class Autoencoder(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Autoencoder:
-        _check_window(self.window_hu)
         for width in self.channels:
             if width % self.norm_num_groups:
                 raise ValueError(
@@ -113,19 +119,7 @@ class LatentDiffusionConfig(Diffusion):
     """`single`: the published one-vector context. `tokens`: one token a mask patch and score."""
 
 
-class PixelDiffusion(Diffusion):
-    """Fields of models that denoise images themselves."""
-
-    window_hu: Window = (-1000.0, 400.0)
-    """HU that map to -1 and 1; what lies outside is clipped."""
-
-    @model_validator(mode="after")
-    def _check_its_window(self) -> PixelDiffusion:
-        _check_window(self.window_hu)
-        return self
-
-
-class SemanticDiffusionConfig(PixelDiffusion):
+class SemanticDiffusionConfig(Diffusion, OfImages):
     """2D diffusion of pixels, the layout's labels in the decoder's normalisations (system C)."""
 
     family: Literal["semantic_diffusion"] = "semantic_diffusion"
@@ -142,7 +136,7 @@ class HoleFilling(Section):
     """What holes are made of, each organ alone or several in one hole."""
 
 
-class InpaintingConfig(PixelDiffusion, HoleFilling):
+class InpaintingConfig(Diffusion, OfImages, HoleFilling):
     """2D diffusion of pixels that fills holes of slices (system E)."""
 
     family: Literal["inpainting"] = "inpainting"
@@ -151,19 +145,12 @@ class InpaintingConfig(PixelDiffusion, HoleFilling):
     schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
 
 
-class Gan(Section):
+class Gan(OfImages):
     """Fields that generators trained against a discriminator share. They draw in one call."""
 
-    window_hu: Window = (-1000.0, 400.0)
-    """HU that map to -1 and 1; what lies outside is clipped."""
     discriminator_channels: PositiveInt = 64
     discriminator_rate: float = Field(1.0, gt=0)
     """The discriminator's learning rate, in the generator's."""
-
-    @model_validator(mode="after")
-    def _check_its_window(self) -> Gan:
-        _check_window(self.window_hu)
-        return self
 
 
 class SpadeGanConfig(Gan):

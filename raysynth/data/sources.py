@@ -265,9 +265,11 @@ def _on_cluster(
 ) -> list[_Result]:
     """Does work on a list in parts, on all cores of the Ray cluster; a short one is done here."""
     parts = [items[at : at + ITEMS_PER_TASK] for at in range(0, len(items), ITEMS_PER_TASK)]
+    if len(parts) <= 1:
+        return work(items)
     import ray
 
-    if len(parts) <= 1 or not ray.is_initialized():
+    if not ray.is_initialized():
         return work(items)
     task = ray.remote(work)
     return [result for part in ray.get([task.remote(part) for part in parts]) for result in part]

@@ -6,7 +6,7 @@ one hole: it says where something is missing, not what.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,11 @@ MARGIN_PX = (4, 16)
 STROKES, CORNERS = (1, 4), (2, 6)
 STEP, WIDTH = (0.05, 0.25), (0.04, 0.15)
 """Strokes and their corners, inclusive; length between corners and width, shares of the side."""
+
+
+def labels_of(organs: Iterable[str]) -> list[Label]:
+    """The labels of some of `ORGANS`."""
+    return [label for organ in organs for label in ORGANS[organ]]
 
 
 def organ_hole(layout: NDArray[np.uint8], organs: Sequence[int] | NDArray[np.uint8]) -> Mask:

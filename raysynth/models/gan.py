@@ -106,14 +106,24 @@ class Adversaries(nn.Module, ABC):
         """
         encoded = self.generator.encode(condition)
         made = self.generator(encoded)
+        real = self._judge(images, encoded)
         with _frozen(self.discriminator):
-            terms = self.generator_terms(images, made, encoded)
-        real, fake = self._judge(images, encoded), self._judge(made.detach(), encoded)
+            terms = self.generator_terms(images, made, real, self._judge(made, encoded))
+        fake = self._judge(made.detach(), encoded)
         return {**terms, "discriminator": self.discriminator_loss(real, fake)}
 
     @abstractmethod
-    def generator_terms(self, images: Tensor, made: Tensor, encoded: Tensor) -> dict[str, Tensor]:
-        """What the generator minimises."""
+    def generator_terms(
+        self, images: Tensor, made: Tensor, real: Any, fake: Any
+    ) -> dict[str, Tensor]:
+        """What the generator minimises.
+
+        Args:
+            images: real ones.
+            made: generated ones.
+            real: the discriminator's output for `images`.
+            fake: its output for `made`.
+        """
 
     @abstractmethod
     def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
@@ -161,14 +171,14 @@ class SpadeAdversaries(Adversaries):
         super().__init__(SpadeGenerator(config, size), discriminator, config.discriminator_rate)
         self.feature_weight = config.feature_weight
 
-    def generator_terms(self, images: Tensor, made: Tensor, encoded: Tensor) -> dict[str, Tensor]:
+    def generator_terms(
+        self, images: Tensor, made: Tensor, real: Any, fake: Any
+    ) -> dict[str, Tensor]:
         """To be taken for real, and to look alike inside the discriminator."""
-        scores, features = self._judge(made, encoded)
-        with torch.no_grad():
-            _, wanted = self._judge(images, encoded)
+        (_, wanted), (scores, features) = real, fake
         matching = torch.stack(
             [
-                functional.l1_loss(one, other)
+                functional.l1_loss(one, other.detach())
                 for of_scale, wanted_of_scale in zip(features, wanted, strict=True)
                 for one, other in zip(of_scale, wanted_of_scale, strict=True)
             ]
@@ -201,11 +211,12 @@ class Pix2PixAdversaries(Adversaries):
         super().__init__(Pix2PixGenerator(config), discriminator, config.discriminator_rate)
         self.l1_weight = config.l1_weight
 
-    def generator_terms(self, images: Tensor, made: Tensor, encoded: Tensor) -> dict[str, Tensor]:
+    def generator_terms(
+        self, images: Tensor, made: Tensor, real: Any, fake: Any
+    ) -> dict[str, Tensor]:
         """To be taken for real, and to be near the image."""
-        scores = self._judge(made, encoded)[-1]
         return {
-            "generator": _cross_entropy(scores, 1.0),
+            "generator": _cross_entropy(fake[-1], 1.0),
             "l1": self.l1_weight * functional.l1_loss(made, images),
         }
 

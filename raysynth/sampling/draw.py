@@ -48,6 +48,7 @@ class SliceSampler:
         if self.bundle.denoiser is None and self.bundle.generator is None:
             raise InputError(f"bundle {bundle_path} is an autoencoder: it draws nothing by itself")
         self._engines: dict[bool, SamplingEngine] = {}
+        self._generators: dict[bool, Generator] = {}
 
     @property
     def batch_shape(self) -> int:
@@ -131,9 +132,7 @@ class SliceSampler:
     def _generate(self, planned: Sequence[PlannedSample], untrained: bool) -> NDArray[np.int16]:
         """One call of a GAN's generator for each batch, padded to its fixed shape."""
         bundle, size = self.bundle, self.sampling.batch_size
-        generator = _fresh_generator(bundle, self.seed) if untrained else bundle.generator
-        assert generator is not None
-        generator.to(self.device).eval()
+        generator = self._generator(untrained)
         images = []
         for start in range(0, len(planned), size):
             conditions = [one.condition for one in planned[start : start + size]]
@@ -154,6 +153,14 @@ class SliceSampler:
             decoded = self.bundle.space.images(padded)
             images.append(decoded[: len(batch), 0].float().cpu().numpy())
         return denormalize(np.concatenate(images), self.bundle.window_hu)
+
+    def _generator(self, untrained: bool) -> Generator:
+        if untrained not in self._generators:
+            bundle = self.bundle
+            made = _fresh_generator(bundle, self.seed) if untrained else bundle.generator
+            assert made is not None
+            self._generators[untrained] = made.to(self.device).eval()
+        return self._generators[untrained]
 
     def _engine(self, untrained: bool) -> SamplingEngine:
         if untrained not in self._engines:

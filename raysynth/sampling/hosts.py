@@ -11,7 +11,7 @@ from raysynth.case import Label
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig, HoleFilling
 from raysynth.errors import InputError
-from raysynth.layout.holes import ORGANS, box_hole, free_hole, organ_hole
+from raysynth.layout.holes import ORGANS, box_hole, free_hole, labels_of, organ_hole
 from raysynth.layout.morphology import Mask, dilate
 from raysynth.sampling.planner import PlannedSample
 from raysynth.seeding import seed_of
@@ -42,12 +42,12 @@ def plan_inpainting(config: ExperimentConfig, samples: SampleSet) -> list[Planne
     """
     model, sampling = config.model, config.sampling
     assert isinstance(model, HoleFilling)
-    labels = [label for organ in model.organs for label in ORGANS[organ]]
+    labels = labels_of(model.organs)
     hosts = dict(_showing(samples, "test", labels))
     donors: list[NDArray[np.uint8]] = []
     if sampling.hole == "new_tissue":
         donors = [layout for _, layout in _showing(samples, "train", labels)]
-        hosts = dict(_showing(samples, "test", [one for group in ORGANS.values() for one in group]))
+        hosts = dict(_showing(samples, "test", labels_of(ORGANS)))
     if not hosts or (sampling.hole == "new_tissue" and not donors):
         raise InputError(
             f"sample set {config.slices.name} has {len(hosts)} test slices that could take a hole "
@@ -95,7 +95,7 @@ def place_tissue(
     """
     mask = donor == tissue
     around = donor[dilate(mask[None], (1, 2))[0] & ~mask]
-    organs = around[np.isin(around, [one for group in ORGANS.values() for one in group])]
+    organs = around[np.isin(around, labels_of(ORGANS))]
     if not len(organs):
         return None
     room = host == np.bincount(organs).argmax()

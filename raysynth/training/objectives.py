@@ -19,7 +19,7 @@ from raysynth.config.base import Section
 from raysynth.config.model import Diffusion, GanConfig, HoleFilling, InpaintingConfig
 from raysynth.diffusion.losses import diffusion_loss
 from raysynth.diffusion.schedule import NoiseSchedule, build_schedule, predicted_x_0, q_sample
-from raysynth.layout.holes import ORGANS, draw_hole
+from raysynth.layout.holes import draw_hole, labels_of
 from raysynth.models.autoencoder import Autoencoder
 from raysynth.models.conditioner import ConditionBatch
 from raysynth.models.denoiser import Denoiser
@@ -251,7 +251,7 @@ def with_holes(
     """
     if not isinstance(config, HoleFilling):
         return condition
-    labels = [label for organ in config.organs for label in ORGANS[organ]]
+    labels = labels_of(config.organs)
     holes = [
         draw_hole(layout, labels, np.random.default_rng(seed_of("hole", seed, position)))
         for layout, position in zip(batch["layout"], batch["position"].tolist(), strict=True)
