@@ -295,7 +295,7 @@ def mutant(raw: bytes, rng: random.Random) -> bytes:
             case 3:
                 damaged[at : at + size] = rng.randbytes(size)
             case 4:
-                other = rng.randrange(128, len(raw))
+                other = rng.randrange(len(raw))
                 damaged[at:at] = raw[other : other + 8 * size]
             case 5 | 6:
                 _spoil_length(damaged, rng)
