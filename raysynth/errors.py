@@ -44,5 +44,9 @@ class StoreConflict(RaysynthError):
     """Somebody else wrote to the store meanwhile; what this run did stays on its own branch."""
 
 
+class StoreFailed(RaysynthError):
+    """The disk or bucket of a store refused: it is full, broken, forbidden or out of reach."""
+
+
 class DamagedStore(RaysynthError):
     """Stored bytes are not the ones that were written: a checksum does not fit."""

@@ -55,6 +55,7 @@ from raysynth.case import Case, Label
 from raysynth.data import ingest as ingest_stage
 from raysynth.errors import RaysynthError
 from raysynth.session import connect
+from raysynth.store.history import history
 from raysynth.store.reader import case_ids, checked_attributes, open_group, read_case
 from raysynth.store.repository import open_repository, open_root
 from raysynth.store.run import StoreRun
@@ -126,8 +127,8 @@ def content(url: Path, snapshot: str | None = None) -> Content:
 
 def committed(url: Path) -> Counter[str]:
     """How often each case was committed on the way to main."""
-    history = open_repository(url).ancestry(branch="main")
-    return Counter(key for snapshot in history for key in snapshot.metadata.get("keys", ()))
+    past = history(open_repository(url))
+    return Counter(key for _, commit in past for key in commit.keys)
 
 
 def main(arguments: list[str]) -> int:
@@ -563,8 +564,7 @@ def flip_bits(work: Path, count: int, chance: random.Random) -> Outcome:
 
 def read_history(url: Path, snapshots: list[str]) -> Any:
     """What every snapshot holds, and what the history says."""
-    history = open_repository(url).ancestry(branch="main")
-    told = [(past.id, past.message, past.metadata, past.written_at) for past in history]
+    told = list(history(open_repository(url)))
     return told, [content(url, snapshot) for snapshot in snapshots]
 
 

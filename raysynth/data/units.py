@@ -15,8 +15,9 @@ from raysynth.progress import progress
 from raysynth.session import check_resources
 from raysynth.store.run import StoreRun
 
-MAX_COMMIT_SHARE = 0.05
-"""Of the wall time. What a killed driver loses is what came back since the last commit."""
+MAX_COMMIT_SHARE = 0.2
+"""Of the wall time, where units are tiny; of whole scans it is below a hundredth. What a killed
+driver loses is what came back since the last commit."""
 
 Write = Callable[[zarr.Group, Any], Any]
 """Writes a unit below a writable root. None: done; anything else says why nothing was written."""

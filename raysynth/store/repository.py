@@ -11,15 +11,13 @@ import icechunk
 import zarr
 
 from raysynth import __version__
-from raysynth.errors import InputError
+from raysynth.errors import InputError, StoreFailed
+from raysynth.store.history import INITIAL_SNAPSHOT, commit, is_icechunks
 from storage_schema.v1 import SCHEMA_VERSION
 
 # Icechunk warns at every opening that a folder is not safe for concurrent commits (`StoreRun` holds
 # a lock for that reason), and logs errors that it raises as well.
 icechunk.set_logs_filter("off")
-
-INITIAL_SNAPSHOT = "1CECHNKREP0F1RSTCMT0"
-"""Where every Icechunk repository starts: no group yet."""
 
 TOP_GROUPS = ("volumes", "samples", "latents", "synthetic", "quarantine")
 
@@ -34,6 +32,7 @@ def open_repository(url: str | Path, create: bool = False) -> icechunk.Repositor
 
     Raises:
         InputError: no store there, something else there, or a store of another schema version.
+        StoreFailed: it is damaged, or its disk or bucket fails.
     """
     url = str(url)
     path = local_path(url)
@@ -52,7 +51,12 @@ def open_repository(url: str | Path, create: bool = False) -> icechunk.Repositor
         raise InputError(
             f"store {url} cannot be opened: {reason_of(error)}; give the path or URL of a store"
         ) from error
-    _check_version(repository, url, create)
+    try:
+        _check_version(repository, url, create)
+    except Exception as error:
+        if is_icechunks(error):
+            raise StoreFailed(f"store {url} cannot be read: {reason_of(error)}") from error
+        raise
     return repository
 
 
@@ -158,7 +162,7 @@ def _write_root(repository: icechunk.Repository) -> None:
     for name in TOP_GROUPS:
         root.create_group(name)
     root["quarantine"].attrs["entries"] = []
-    session.commit("Empty store")
+    commit(session, "Empty store")
 
 
 def _check_version(repository: icechunk.Repository, url: str, create: bool) -> None:

@@ -16,7 +16,8 @@ import icechunk
 import zarr
 from filelock import FileLock, Timeout
 
-from raysynth.errors import InputError, StoreConflict
+from raysynth.errors import InputError, StoreConflict, StoreFailed
+from raysynth.store.history import commit, history, is_icechunks
 from raysynth.store.repository import local_path, open_repository, reason_of
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ class StoreRun:
         try:
             self._repository = open_repository(self.url, create=True)
             self._open_branch()
-        except BaseException:
+        except BaseException as error:
             self._release()
+            self._name_the_store(error)
             raise
         return self
 
@@ -77,6 +79,17 @@ class StoreRun:
     ) -> None:
         # What is committed stays on the branch for the next start; what is not never happened.
         self._release()
+        self._name_the_store(error)
+
+    def _name_the_store(self, error: BaseException | None) -> None:
+        """Icechunk's errors, workers' included, tell what failed and not where."""
+        # Ray hands on what a task raised inside an error of its own.
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, Exception) and is_icechunks(cause):
+            raise StoreFailed(
+                f"store {self.url}: {reason_of(cause)}; what was committed is kept: put that "
+                "right and run the command again"
+            ) from error
 
     @property
     def is_new(self) -> bool:
@@ -183,12 +196,12 @@ class StoreRun:
 
     def _resume(self, tip: str, main: str) -> None:
         self._tip = tip
-        for snapshot in self._repository.ancestry(snapshot_id=tip):
+        for snapshot, past in history(self._repository, tip):
             # An earlier, published run may have had the same name.
-            if snapshot.id == main or snapshot.metadata.get("run") != self.branch:
-                self._start = snapshot.id
+            if snapshot == main or past.run != self.branch:
+                self._start = snapshot
                 break
-            self._completed.update(snapshot.metadata["keys"])
+            self._completed.update(past.keys)
         if self._start != main:
             raise self._main_moved()
         changes = self._repository.diff(from_snapshot_id=self._start, to_snapshot_id=tip)
@@ -205,9 +218,8 @@ class StoreRun:
         return session
 
     def _commit(self, session: icechunk.Session, message: str, published: bool = False) -> str:
-        metadata = {"run": self.branch, "keys": self._unrecorded, "published": published}
         try:
-            return session.commit(message, metadata=metadata)
+            return commit(session, message, self.branch, self._unrecorded, published)
         except icechunk.ConflictError as error:
             raise StoreConflict(
                 f"another process committed on branch {self.branch} of store {self.url}: "

@@ -18,6 +18,7 @@ from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from raysynth.errors import DamagedStore, InputError, RaysynthError
+from raysynth.store.history import history
 from raysynth.store.reader import (
     SampleSet,
     case_attrs,
@@ -117,6 +118,7 @@ def validate(url: str | Path, full: bool = False) -> list[Problem]:
     """
     root = open_root(url)
     problems = list(_check_attributes("", v1.root(), root.attrs.asdict()))
+    problems += _guard("", _check_history(url))
     problems += _guard("", _check_top(root))
     problems += _guard("quarantine", _check_quarantine(root))
     volumes = _subgroups(root, "volumes")
@@ -140,9 +142,9 @@ def summary(url: str | Path) -> StoreSummary:
     cases = [case_attrs(root, case_id) for case_id in case_ids(root)]
     published = {past.id for past in repository.ancestry(branch="main")}
     publications = tuple(
-        Publication(past.id, past.written_at.isoformat(timespec="seconds"), past.message)
-        for past in repository.ancestry(branch="main")
-        if past.metadata.get("published") or "run" not in past.metadata
+        Publication(snapshot, past.written_at, past.message)
+        for snapshot, past in history(repository)
+        if past.published or not past.run
     )
     try:
         stored = repository.chunk_storage_stats()
@@ -179,6 +181,13 @@ def sample_groups(root: zarr.Group) -> list[tuple[str, zarr.Group]]:
         found for path, _ in _subgroups(root, "latents") for found in _subgroups(root, path)
     ]
     return [*_subgroups(root, "samples"), *latent_sets, *_subgroups(root, "synthetic")]
+
+
+def _check_history(url: str | Path) -> Iterator[Problem]:
+    """Reading it checks it."""
+    for _ in history(open_repository(url)):
+        pass
+    yield from ()
 
 
 def _check_top(root: zarr.Group) -> Iterator[Problem]:

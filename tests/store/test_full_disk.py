@@ -47,7 +47,9 @@ def test_a_full_disk_leaves_what_was_published(tmp_path: Path) -> None:
     before = open_root(str(url)).attrs.asdict()
     failed = write(url, 50_000, "second")
     assert failed.returncode != 0
-    assert "File too large" in failed.stderr
+    last = failed.stderr.strip().splitlines()[-1]
+    assert "File too large" in last
+    assert str(url) in last
     assert open_root(str(url)).attrs.asdict() == before
     assert case_ids(open_root(str(url))) == ["first"]
     assert validate(url, full=True) == []

@@ -44,7 +44,6 @@ def test_summary_counts(read_only_store: str) -> None:
     assert [run.message for run in counts.publications] == [
         "made",
         "Empty store",
-        "Repository initialized",
     ]
     assert counts.publications[0].snapshot == counts.snapshot
     assert counts.unpublished == ()
