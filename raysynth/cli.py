@@ -74,6 +74,26 @@ for _verb, _help_text in {
 
 
 @app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(help="Two or more recipes of one sample set.")],
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Train, draw and judge several recipes; write one table with pictures."""
+    from raysynth import stages
+    from raysynth.config import load_recipe
+
+    found = stages.compare([load_recipe(recipe, overrides) for recipe in recipes])
+    if as_json:
+        _show(found, as_json)
+        return
+    for verdict in found["verdicts"]:
+        print(verdict)
+    print(f"page     {found['page']}")
+    print(f"figures  {found['path']}")
+
+
+@app.command()
 def inspect(
     store: Annotated[str, typer.Argument(help="Local path or s3:// URL of a store.")],
     page: Annotated[Path | None, typer.Option(help="Also write pictures to this file.")] = None,
@@ -96,14 +116,26 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         import json
 
         print(json.dumps(result, default=str))
-        return
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, Any], indent: str = "") -> None:
+    """Fields a line each, what belongs to one of them below it; nothing of what is not there."""
     for name, value in result.items():
-        if isinstance(value, list):
-            print(f"{name:16} {len(value)}")
+        if value is None or value == {}:
+            continue
+        title = f"{indent}{name:16}"
+        if isinstance(value, dict):
+            print(title.rstrip())
+            _print(value, indent + "  ")
+        elif isinstance(value, list | tuple):
+            print(f"{title} {len(value)}")
             for entry in value:
-                print(f"  {entry}")
+                words = entry.values() if isinstance(entry, dict) else [entry]
+                print(f"{indent}  {'  '.join(map(str, words))}")
         else:
-            print(f"{name:16} {f'{value:.4g}' if isinstance(value, float) else value}")
+            print(f"{title} {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
 def main(arguments: list[str] | None = None) -> int:

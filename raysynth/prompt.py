@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raysynth.case import ATTRIBUTES, SCORE_RANGES
+from raysynth.case import ATTRIBUTES, SCORE_RANGES, Label
 
 OPENING = "axial chest CT"
+SUBJECT = "pulmonary nodule"
+NO_NODULE = f"{OPENING}, no {SUBJECT}"
+PLACES = {Label.LEFT_LUNG: "left lung", Label.RIGHT_LUNG: "right lung"}
 
 DROP_RATE = 0.15
 """Chance of each clause to be left out of a training prompt."""
@@ -109,7 +113,7 @@ def write_prompt(
     size = f"{diameter_mm:.0f} mm" if has_size else None
     names = ["margin", "lobulation", "spiculation", "sphericity", "calcification"]
     clauses = [
-        " ".join(filter(None, (size, word("texture"), "pulmonary nodule"))),
+        " ".join(filter(None, (size, word("texture"), SUBJECT))),
         *map(word, names + ["malignancy"] * with_malignancy),
         place if place and is_said() else None,
     ]
@@ -117,3 +121,29 @@ def write_prompt(
     if rng is not None:
         rng.shuffle(said)
     return ", ".join([OPENING, *said])
+
+
+def all_words() -> Iterator[str]:
+    """Everything that prompts can say but sizes, phrase by phrase."""
+    yield from (NO_NODULE, *PLACES.values(), "mm")
+    for levels in WORDS.values():
+        for synonyms in levels:
+            yield from synonyms
+
+
+def place_of(layout: NDArray[np.uint8], box: Sequence[int]) -> str | None:
+    """The lung that a nodule lies in: the one with more pixels in the box and as much around it.
+
+    Args:
+        layout: labels of a slice, (y, x).
+        box: around the nodule, half-open pixels (y0, x0, y1, x1).
+
+    Returns:
+        None if neither has any.
+    """
+    y0, x0, y1, x1 = box
+    side = y1 - y0
+    around = layout[max(0, y0 - side) : y1 + side, max(0, x0 - side) : x1 + side]
+    counts = {label: np.count_nonzero(around == label) for label in PLACES}
+    nearest = max(counts, key=lambda label: counts[label])
+    return PLACES[nearest] if counts[nearest] else None

@@ -6,10 +6,11 @@ The command line, the job files and the demo call these and nothing else.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from raysynth.config import ExperimentConfig
+from raysynth.config import ExperimentConfig, OfLatents
 from raysynth.progress import add_stage_seconds
 from raysynth.session import connect, set_defaults
 
@@ -59,6 +60,22 @@ def evaluate(config: ExperimentConfig) -> Result:
     from raysynth.evaluation.report import report
 
     return _timed("evaluate", config, run) | {"report": str(report(config.absolute()))}
+
+
+def compare(configs: Sequence[ExperimentConfig]) -> Result:
+    """Trains, draws and judges what is not there yet, and puts the recipes beside each other."""
+    from raysynth.evaluation.compare import check_comparable
+    from raysynth.evaluation.compare import compare as run
+
+    configs = [config.absolute() for config in configs]
+    check_comparable(configs)
+    with connect():
+        for config in configs:
+            if isinstance(config.model, OfLatents):
+                encode(config)
+            for stage in (train, synthesize, evaluate):
+                stage(config)
+        return asdict(run(configs))
 
 
 def _timed(verb: str, config: ExperimentConfig, run: Any) -> Result:

@@ -44,6 +44,9 @@ LABELS = {
 SPLITS = ("train", "val", "test")
 """`index/split` holds the position in this tuple."""
 
+PROMPT_BYTES = 384
+"""Room for a prompt in `index/prompt`."""
+
 NUM_READERS = 4
 ATTRIBUTES = (
     "subtlety",
@@ -186,6 +189,15 @@ def synthetic_run(count: int, item_shape: Sequence[int]) -> GroupSpec:
         "Samples drawn by one bundle after one plan. Not images of anybody.",
         (
             *_images(count, item_shape, rows),
+            _rowwise(
+                "measured",
+                "uint8",
+                ("sample", *_axes(item_shape)),
+                (count, *item_shape),
+                rows,
+                NOT_WRITTEN_LABEL,
+                "5 where the re-measured nodule is, 0 elsewhere",
+            ),
             *_columns(count, rows, _common_columns(item_shape) + _SYNTHETIC_COLUMNS),
         ),
         _SYNTHETIC_ATTRIBUTES,
@@ -271,13 +283,20 @@ def _common_columns(item_shape: Sequence[int]) -> tuple[Column, ...]:
 
 
 _SYNTHETIC_COLUMNS = (
-    Column("seed", "uint64", 0, "seed of the sample's noise"),
+    Column("seed", "uint64", 0, "seed of the sample's noise, from which that of a redraw follows"),
     Column(
         "attributes",
         "uint8",
         0,
         "requested scores; 0 = not given",
         (("attribute", len(CONDITION_ATTRIBUTES)),),
+    ),
+    Column(
+        "prompt",
+        "uint8",
+        0,
+        "requested prompt, UTF-8, filled up with 0; all 0 = not given",
+        (("byte", PROMPT_BYTES),),
     ),
     Column("source_sample", "int32", -1, "row of the real sample that lent the layout; -1: none"),
     Column(
@@ -299,6 +318,8 @@ _SYNTHETIC_COLUMNS = (
         "re-measured nodule minus its surroundings, Hounsfield units; NaN if none was found",
     ),
     Column("found", "uint8", 0, "1 if a nodule was found where one was asked for"),
+    Column("draws", "uint8", 0, "times it was drawn; of the last draw is all else here"),
+    Column("unrequested", "uint8", 0, "compact dense things in the lungs that were not asked for"),
 )
 
 _CHECKSUM = AttributeSpec(

@@ -6,8 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from raysynth.case import ATTRIBUTES, SCORE_RANGES
-from raysynth.prompt import DROP_RATE, OPENING, WORDS, write_prompt
+from raysynth.case import ATTRIBUTES, SCORE_RANGES, Label
+from raysynth.prompt import DROP_RATE, OPENING, WORDS, place_of, write_prompt
 
 SCORES = tuple(
     {"texture": 3, "margin": 4, "sphericity": 5, "lobulation": 1, "spiculation": 2}.get(name, 0)
@@ -86,3 +86,13 @@ def test_training_prompts_drop_shuffle_and_vary() -> None:
 def test_the_same_draw_gives_the_same_prompt() -> None:
     one, other = (write_prompt(SCORES, 8, rng=np.random.default_rng(3)) for _ in range(2))
     assert one == other
+
+
+def test_the_place_is_the_lung_around_the_nodule() -> None:
+    layout = np.full((20, 40), Label.BODY, np.uint8)
+    layout[:, 2:18], layout[:, 22:38] = Label.RIGHT_LUNG, Label.LEFT_LUNG
+    layout[8:12, 22:26] = Label.NODULE
+    assert place_of(layout, (8, 22, 12, 26)) == "left lung"
+    assert place_of(layout[:, ::-1], (8, 14, 12, 18)) == "left lung"
+    assert place_of(layout, (0, 2, 4, 6)) == "right lung"
+    assert place_of(np.zeros((20, 40), np.uint8), (8, 22, 12, 26)) is None

@@ -22,9 +22,11 @@ from raysynth.config.model import (
     InpaintingConfig,
     LatentDiffusionConfig,
     ModelConfig,
+    OfLatents,
     Pix2PixConfig,
     SemanticDiffusionConfig,
     SpadeGanConfig,
+    TextDiffusionConfig,
     VQVAEConfig,
 )
 from raysynth.config.recipe import load_recipe, parse_recipe
@@ -47,6 +49,7 @@ __all__ = [
     "LidcSource",
     "Luna16Source",
     "ModelConfig",
+    "OfLatents",
     "PhantomSource",
     "Pix2PixConfig",
     "SamplingConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "SliceSamples",
     "SpadeGanConfig",
     "SplitConfig",
+    "TextDiffusionConfig",
     "TrainingConfig",
     "VQVAEConfig",
     "load_recipe",

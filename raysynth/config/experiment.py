@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from raysynth.config.base import Section
 from raysynth.config.data import DataConfig, SliceSamples
 from raysynth.config.evaluation import EvaluationConfig
-from raysynth.config.model import Diffusion, LatentDiffusionConfig, ModelConfig
+from raysynth.config.model import Diffusion, ModelConfig, OfLatents
 from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
 from raysynth.errors import InputError
@@ -53,7 +53,7 @@ class ExperimentConfig(Section):
     @property
     def autoencoder_path(self) -> Path:
         """The autoencoder bundle of a latent model."""
-        assert isinstance(self.model, LatentDiffusionConfig)
+        assert isinstance(self.model, OfLatents)
         return self.work_dir / self.model.autoencoder
 
     @property
@@ -124,6 +124,19 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"sampling.num_inference_steps {steps} exceeds model.num_train_timesteps "
                 f"{self.model.num_train_timesteps}: use fewer steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_fits_schedule(self) -> ExperimentConfig:
+        if (
+            isinstance(self.model, Diffusion)
+            and self.model.schedule == "rectified_flow"
+            and self.sampling.sampler == "ddpm"
+        ):
+            raise ValueError(
+                "sampling.sampler ddpm with model.schedule rectified_flow: it needs a "
+                "variance-preserving schedule; use ddim, dpm_solver++ or unipc"
             )
         return self
 

@@ -14,6 +14,12 @@ Window = tuple[float, float]
 Organ = Literal["lung", "nodule", "liver", "kidney", "spleen", "tumour"]
 """What a hole may be made of: lungs and kidneys are both sides."""
 
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "rectified_flow"]
+
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
+
+LossName = Literal["l2", "l1"]
+
 
 class OfImages(Section):
     """A field of models that read or draw images themselves."""
@@ -79,8 +85,13 @@ class Diffusion(Section):
     num_head_channels: int = Field(32, ge=1)
     norm_num_groups: int = Field(32, ge=1)
     num_train_timesteps: int = Field(1000, ge=1)
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    schedule: ScheduleName = "scaled_linear"
+    prediction_type: PredictionType = "epsilon"
+    """`flow` belongs to the schedule `rectified_flow`, which else allows `sample` alone."""
+    loss: LossName = "l2"
+    snr_gamma: float | None = Field(None, gt=0)
+    """Cap on the signal-to-noise ratio that weighs each timestep's error of x_0 (min-SNR; Hang et
+    al. 2023 take 5). None: the prediction's own error counts the same at all timesteps."""
     condition_drop: float = Field(0.1, ge=0, lt=1)
     """Share of training samples whose condition is dropped, so that guidance is available."""
 
@@ -100,23 +111,65 @@ class Diffusion(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _prediction_fits_schedule(self) -> Diffusion:
+        asked = f"prediction_type {self.prediction_type} with schedule {self.schedule}"
+        if self.prediction_type == "flow" and self.schedule != "rectified_flow":
+            raise ValueError(f"{asked}: a flow needs rectified_flow; use that, or v_prediction")
+        if self.schedule == "rectified_flow" and self.prediction_type not in ("flow", "sample"):
+            raise ValueError(f"{asked}: this schedule ends in pure noise; use flow or sample")
+        return self
+
+    @model_validator(mode="after")
+    def _weight_fits_loss(self) -> Diffusion:
+        if self.snr_gamma is not None and self.loss != "l2":
+            raise ValueError(
+                f"snr_gamma {self.snr_gamma} with loss {self.loss}: it weighs squared errors; "
+                "use loss l2, or leave snr_gamma out"
+            )
+        return self
+
     @property
     def downsampling(self) -> int:
         """Factor by which the U-Net's deepest level is smaller than its input, per axis."""
         return int(2 ** (len(self.channels) - 1))
 
 
-class LatentDiffusionConfig(Diffusion):
+class OfLatents(Diffusion):
+    """A field of diffusion models that work on an autoencoder's latents."""
+
+    autoencoder: Path
+    """Bundle of a trained autoencoder; a relative path starts at the recipe's work_dir."""
+
+
+class LatentDiffusionConfig(OfLatents):
     """2D latent diffusion guided by a nodule box, attributes and the lungs (system A)."""
 
     family: Literal["latent_diffusion"] = "latent_diffusion"
-    autoencoder: Path
-    """Bundle of a trained autoencoder; a relative path starts at the recipe's work_dir."""
     conditioning: Literal[1, 2, 3, 4] = 4
     """1: nodule mask at the input. 2: + mask in cross-attention. 3: + attributes in cross-attention
     (all three as published). 4: + lung mask at the input (ours)."""
     context: Literal["tokens", "single"] = "tokens"
     """`single`: the published one-vector context. `tokens`: one token a mask patch and score."""
+
+
+class TextDiffusionConfig(OfLatents):
+    """2D latent diffusion guided by a prompt (system B, for want of Stable Diffusion's weights)."""
+
+    family: Literal["text_diffusion"] = "text_diffusion"
+    text_width: PositiveInt = 256
+    text_layers: PositiveInt = 4
+    text_heads: PositiveInt = 4
+    max_tokens: int = Field(77, ge=8)
+    """Longest prompt, in words and commas."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> TextDiffusionConfig:
+        if self.text_width % self.text_heads:
+            raise ValueError(
+                f"text_width {self.text_width} is not a multiple of text_heads {self.text_heads}"
+            )
+        return self
 
 
 class SemanticDiffusionConfig(Diffusion, OfImages):
@@ -125,7 +178,7 @@ class SemanticDiffusionConfig(Diffusion, OfImages):
     family: Literal["semantic_diffusion"] = "semantic_diffusion"
     layout_channels: PositiveInt = 128
     """Hidden channels between the layout and each normalisation's scale and shift."""
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    schedule: ScheduleName = "linear"
     condition_drop: float = Field(0.2, ge=0, lt=1)
 
 
@@ -142,7 +195,7 @@ class InpaintingConfig(Diffusion, OfImages, HoleFilling):
     family: Literal["inpainting"] = "inpainting"
     outside_weight: float = Field(0.1, gt=0, le=1)
     """Weight in the loss of a pixel outside the hole; inside it is 1."""
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"
+    schedule: ScheduleName = "cosine"
 
 
 class Gan(OfImages):
@@ -188,13 +241,16 @@ class Pix2PixConfig(Gan, HoleFilling):
         return int(2 ** (len(self.channels) - 1))
 
 
-DiffusionConfig = LatentDiffusionConfig | SemanticDiffusionConfig | InpaintingConfig
+DiffusionConfig = (
+    LatentDiffusionConfig | TextDiffusionConfig | SemanticDiffusionConfig | InpaintingConfig
+)
 GanConfig = SpadeGanConfig | Pix2PixConfig
 
 ModelConfig = Annotated[
     AutoencoderKLConfig
     | VQVAEConfig
     | LatentDiffusionConfig
+    | TextDiffusionConfig
     | SemanticDiffusionConfig
     | InpaintingConfig
     | SpadeGanConfig

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 
-SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]
+SamplerName = Literal["ddpm", "ddim", "dpm_solver++", "unipc"]
 
+TextureClass = Literal["non_solid", "part_solid", "solid"]
+"""Of a reader's score: 1; 2 and 3; 4 and 5."""
+
+DiameterClass = Literal["below_6", "6_to_8", "8_to_15", "15_up"]
+
+Attribute = Literal["sphericity", "margin", "lobulation", "spiculation", "texture"]
 
 DRAWING = (
     "num_samples",
     "nodule_free",
+    "max_draws",
+    "cohort",
+    "counterfactual",
+    "prompts",
     "hole",
     "hole_margin_px",
     "sampler",
@@ -28,12 +38,41 @@ DRAWING = (
 compiled network rounds otherwise."""
 
 
+class Cohort(Section):
+    """Shares of a run's nodules, 0 to 1. Classes that are left out share the rest as in LIDC."""
+
+    texture: dict[TextureClass, float] = Field(default_factory=dict)
+    diameter_mm: dict[DiameterClass, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _are_shares(self) -> Cohort:
+        for name, asked in (("texture", self.texture), ("diameter_mm", self.diameter_mm)):
+            total = sum(asked.values())
+            is_whole = len(asked) == (3 if name == "texture" else 4)
+            if min(asked.values(), default=0) < 0 or total > 1 or (is_whole and total != 1):
+                raise ValueError(
+                    f"cohort.{name} {asked}: give shares of 0 or more that sum up to 1 at most, "
+                    "and to 1 if all classes are given"
+                )
+        return self
+
+
 class SamplingConfig(Section):
     """A batch run of the sampling engine."""
 
     num_samples: int = Field(2048, ge=1)
     nodule_free: float = Field(0.0, ge=0, lt=1)
     """Share of the samples that are asked for without any nodule."""
+    max_draws: int = Field(1, ge=1, le=255)
+    """How often a sample may be drawn until the nodule asked for is found in it; the last draw
+    stays. With 1 nothing is rejected."""
+    cohort: Cohort | None = None
+    """Which nodules to ask for; none: as LIDC has them."""
+    counterfactual: dict[Attribute, tuple[int, ...]] = Field(default_factory=dict)
+    """Series that differ in one score alone, such as `{texture: [1, 3, 5]}`: same noise, same
+    anatomy, same place. Samples come series by series."""
+    prompts: tuple[str, ...] = ()
+    """Of text models: what to draw, in turn. None given: prompts about nodules of the database."""
     hole: Literal["organ", "box", "free", "new_tissue"] = "organ"
     """Of models that fill holes: the organ itself; the box around it; strokes; or the outline of
     another patient's tumour, put into the same organ of this one."""
@@ -54,3 +93,21 @@ class SamplingConfig(Section):
     """Compile the network: a minute once, then 1.4 to 1.7 times as fast for single samples on a
     CPU. Needs a C++ compiler there."""
     threads_per_actor: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _plans_are_joint(self) -> SamplingConfig:
+        if self.prior == "independent" and (self.cohort or self.counterfactual):
+            raise ValueError(
+                "prior independent draws sizes and scores by itself: leave out cohort and "
+                "counterfactual, or use prior joint"
+            )
+        if len(self.counterfactual) > 1:
+            raise ValueError(
+                f"counterfactual {', '.join(self.counterfactual)}: change one score at a time"
+            )
+        for name, values in self.counterfactual.items():
+            if len(values) < 2 or not all(1 <= value <= 5 for value in values):
+                raise ValueError(
+                    f"counterfactual.{name} {values}: give two or more scores from 1 to 5"
+                )
+        return self

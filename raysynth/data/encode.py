@@ -13,7 +13,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from raysynth.config import ExperimentConfig, LatentDiffusionConfig
+from raysynth.config import ExperimentConfig, OfLatents
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import Bundle, load_bundle
@@ -88,10 +88,10 @@ def encode(config: ExperimentConfig) -> EncodeSummary:
             the two do not fit.
     """
     started = time.monotonic()
-    if not isinstance(config.model, LatentDiffusionConfig):
+    if not isinstance(config.model, OfLatents):
         raise InputError(
-            f"model.family {config.model.family} is trained on images: only a latent_diffusion "
-            f"recipe has something to encode"
+            f"model.family {config.model.family} is trained on images: only models of latents have "
+            "something to encode"
         )
     encoder = _Encoder(config.autoencoder_path, config.training.use_gpu)
     name, snapshot = config.slices.name, main_snapshot(config.store_url)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from raysynth.case import CONDITION_ATTRIBUTES, CONDITION_COLUMNS
-from raysynth.evaluation.intervals import Interval, wilson
+from raysynth.config.sampling import Cohort
+from raysynth.evaluation.intervals import Interval, Z, correlation, wilson
 from raysynth.evaluation.measure import ADHERENCE_COLUMNS
 from raysynth.formats.lidc import nodule_records
+from raysynth.sampling.cohort import DIAMETERS, TEXTURES, diameter_class, texture_class
 
 MAX_SIZE_PAIRS = 2000
 
@@ -34,6 +38,7 @@ class SizeAgreement:
         median_error_mm: measured minus requested.
         median_absolute_error_mm: the same without its sign.
         spearman: rank correlation; None if a side does not vary.
+        spearman_interval: 95 % (Bonett & Wright 2000).
         requested_mm: of the first `MAX_SIZE_PAIRS`.
         measured_mm: of the same.
     """
@@ -42,8 +47,33 @@ class SizeAgreement:
     median_error_mm: float | None
     median_absolute_error_mm: float | None
     spearman: float | None
+    spearman_interval: Interval | None
     requested_mm: tuple[float, ...]
     measured_mm: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MeanCount:
+    """A mean over samples with its 95 % interval (normal)."""
+
+    mean: float
+    interval: Interval
+    n: int
+
+
+@dataclass(frozen=True)
+class CohortShare:
+    """One class of a cohort.
+
+    Attributes:
+        asked: by the recipe; None: it leaves this class open.
+        requested: share of the samples' requests, as they are drawn in their layouts.
+        found: the same of the requests that were found again; None: nothing was.
+    """
+
+    asked: float | None
+    requested: float
+    found: float | None
 
 
 @dataclass(frozen=True)
@@ -86,17 +116,61 @@ def size_agreement(adherence: NDArray[np.float32]) -> SizeAgreement:
     found = columns["found"] > 0
     requested, measured = columns["requested_mm"][found], columns["measured_mm"][found]
     if not len(requested):
-        return SizeAgreement(0, None, None, None, (), ())
+        return SizeAgreement(0, None, None, None, None, (), ())
     error = measured - requested
     varies = len(np.unique(requested)) > 1 and len(np.unique(measured)) > 1
+    spearman = float(spearmanr(requested, measured).statistic) if varies else None
     return SizeAgreement(
         n=len(requested),
         median_error_mm=float(np.median(error)),
         median_absolute_error_mm=float(np.median(np.abs(error))),
-        spearman=float(spearmanr(requested, measured).statistic) if varies else None,
+        spearman=spearman,
+        spearman_interval=None if spearman is None else correlation(spearman, len(requested)),
         requested_mm=tuple(round(float(mm), 2) for mm in requested[:MAX_SIZE_PAIRS]),
         measured_mm=tuple(round(float(mm), 2) for mm in measured[:MAX_SIZE_PAIRS]),
     )
+
+
+def cohort_shares(
+    cohort: Cohort, texture: NDArray[np.uint8], adherence: NDArray[np.float32]
+) -> dict[str, dict[str, CohortShare]]:
+    """What became of the shares that a cohort asks for, by factor and class.
+
+    Args:
+        cohort: of the recipe.
+        texture: requested scores of samples with a box, (n,).
+        adherence: of the same, (n, columns).
+    """
+    columns = _columns(adherence)
+    found = columns["found"] > 0
+    classes: dict[str, tuple[Sequence[str], Mapping[Any, float], NDArray[np.int_]]] = {
+        "texture": (TEXTURES, cohort.texture, np.array([texture_class(s) for s in texture])),
+        "diameter_mm": (
+            DIAMETERS,
+            cohort.diameter_mm,
+            np.array([diameter_class(mm) for mm in columns["requested_mm"]]),
+        ),
+    }
+    return {
+        factor: {
+            name: CohortShare(
+                asked.get(name),
+                float(np.mean(rows == number)),
+                float(np.mean(rows[found] == number)) if found.any() else None,
+            )
+            for number, name in enumerate(names)
+        }
+        for factor, (names, asked, rows) in classes.items()
+        if asked and len(rows)
+    }
+
+
+def mean_count(counts: NDArray[np.floating]) -> MeanCount | None:
+    """Of counts in (n,) samples; None without any."""
+    if not len(counts):
+        return None
+    mean, spread = float(counts.mean()), Z * float(counts.std()) / len(counts) ** 0.5
+    return MeanCount(mean, (mean - spread, mean + spread), len(counts))
 
 
 def attribute_coverage(attributes: NDArray[np.uint8]) -> dict[str, AttributeCoverage]:

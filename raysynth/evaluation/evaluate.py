@@ -15,21 +15,33 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from raysynth.case import CONDITION_ATTRIBUTES
 from raysynth.condition import Box
 from raysynth.config import EvaluationConfig, ExperimentConfig, HoleFilling
 from raysynth.config.sampling import DRAWING
 from raysynth.errors import InputError
 from raysynth.evaluation.adherence import (
     AttributeCoverage,
+    CohortShare,
     FoundShare,
+    MeanCount,
     SizeAgreement,
     attribute_coverage,
+    cohort_shares,
     found_shares,
+    mean_count,
     size_agreement,
+)
+from raysynth.evaluation.consistency import (
+    Agreement,
+    between_readers,
+    of_readers,
+    of_requests,
+    train_judges,
 )
 from raysynth.evaluation.intervals import Arm
 from raysynth.evaluation.judge import Arms, MetricResult, judge
-from raysynth.evaluation.measure import Computed, Measures, Place
+from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place
 from raysynth.metrics.features import Extractor, load_extractor
 from raysynth.models.bundle import bundle_digest
 from raysynth.progress import progress
@@ -62,7 +74,13 @@ class EvaluationSummary:
         adherence: share of boxes with a nodule, by set (`synthetic`, `real`, the controls) and, at
             chance level, by set + `_stray`.
         sizes: measured against requested diameters, by set.
+        unrequested: compact dense things in the lungs that nobody asked for, by set.
+        draws: of a synthetic sample until it was accepted.
         coverage: requested scores against LIDC's, by attribute.
+        cohort: what became of the shares of `sampling.cohort`, by factor and class.
+        consistency: how a judge trained on real nodules agrees with the scores asked for, by set
+            and attribute; `real`: with the readers of held-out nodules.
+        reader_kappa: how far two readers of LIDC agree, by attribute.
         samples: stored, by set; at most `MAX_SAMPLES` of each are measured.
         patients: real ones in all, and in the reference.
         indicative: so few patients that every figure is no more than a hint.
@@ -76,7 +94,12 @@ class EvaluationSummary:
     metrics: dict[str, MetricResult]
     adherence: dict[str, FoundShare]
     sizes: dict[str, SizeAgreement]
+    unrequested: dict[str, MeanCount]
+    draws: MeanCount | None
     coverage: dict[str, AttributeCoverage]
+    cohort: dict[str, dict[str, CohortShare]]
+    consistency: dict[str, dict[str, Agreement]]
+    reader_kappa: dict[str, float]
     samples: dict[str, int]
     patients: dict[str, int]
     indicative: bool
@@ -124,7 +147,16 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
             for key, share in found_shares(table, name).items()
         },
         sizes={name: size_agreement(table) for name, table in tables.items()},
+        unrequested={
+            name: count
+            for name, measured in measures.items()
+            if (count := mean_count(measured.unrequested.compute()[1].ravel())) is not None
+        },
+        draws=mean_count(sets["synthetic"].index["draws"]),
         coverage=attribute_coverage(sets["synthetic"].index["attributes"]),
+        cohort=_cohort(config, sets["synthetic"], measures["synthetic"]),
+        consistency=_consistency(measures, sets, config.seed),
+        reader_kappa=between_readers(),
         samples={name: samples.count for name, samples in sets.items()},
         patients=counts,
         indicative=is_indicative(counts["real"]),
@@ -308,6 +340,41 @@ def _judge(
     return results
 
 
+def _cohort(
+    config: ExperimentConfig, synthetic: SampleSet, measured: Measures
+) -> dict[str, dict[str, CohortShare]]:
+    if config.sampling.cohort is None:
+        return {}
+    rows, table = measured.adherence.compute()
+    texture = synthetic.index["attributes"][rows, CONDITION_ATTRIBUTES.index("texture")]
+    return cohort_shares(config.sampling.cohort, texture, table)
+
+
+def _consistency(
+    measures: dict[str, Measures], sets: dict[str, SampleSet], seed: int
+) -> dict[str, dict[str, Agreement]]:
+    """Agreement of every set, read off the first extractor's features of nodule crops."""
+    computed = {name: measured.compute() for name, measured in measures.items()}
+    places = [
+        (region, extractor)
+        for region, extractor in computed["real"]
+        if region.startswith("nodule") and extractor != HISTOGRAMS
+    ]
+    if not places:
+        return {}
+    rows, features = computed["real"][places[0]]
+    ratings, split = (sets["real"].index[name][rows] for name in ("ratings", "split"))
+    learns, held_out = (split == SPLITS.index(name) for name in ("train", "test"))
+    judges = train_judges(features[learns], ratings[learns])
+    found = {"real": of_readers(judges, features[held_out], ratings[held_out], seed)}
+    for name in sets.keys() - {"real"}:
+        if places[0] in computed[name]:
+            rows, features = computed[name][places[0]]
+            asked = sets[name].index["attributes"][rows]
+            found[name] = of_requests(judges, features, asked, seed)
+    return {name: agreements for name, agreements in sorted(found.items()) if agreements}
+
+
 def _next_to(
     rows: NDArray[np.int64], samples: SampleSet, is_reference: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
@@ -365,6 +432,12 @@ def _notices(
             f"{empty:.0%} of the slices of patients show no nodule, of the synthetic ones "
             f"{asked_empty:.0%} were asked for without: distances of whole slices and lungs stay "
             "above their floor for that"
+        )
+    if (synthetic.index["draws"] > 1).any():
+        most = synthetic.attrs["passport"]["sampling"]["max_draws"]
+        notices.append(
+            f"slices without the nodule asked for were drawn again, up to {most} times: shares "
+            "found, and distances, are those of a selection (controls were drawn once)"
         )
     if any(result.n <= result.dim for key, result in metrics.items() if key.startswith("fid/")):
         notices.append("FID has no more samples than dimensions somewhere: prefer KID there")

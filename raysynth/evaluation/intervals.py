@@ -15,6 +15,9 @@ Metric = Callable[[Features, Features], float]
 Interval = tuple[float, float]
 
 LEVEL = 0.95
+Z = 1.959963984540054
+"""Quantile of the normal distribution for that level, both sides."""
+
 MIN_PATIENTS = 4
 """With fewer patients their samples are drawn instead, and the interval is too narrow."""
 
@@ -126,8 +129,17 @@ def wilson(successes: int, count: int) -> Interval:
     """Wilson's 95 % interval of a share (Wilson 1927); samples are taken as independent."""
     if not count:
         return 0.0, 1.0
-    z2 = 1.959963984540054**2
+    z2 = Z**2
     share = successes / count
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     spread = (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5 / (1 + z2 / count)
     return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def correlation(spearman: float, count: int) -> Interval:
+    """A rank correlation's 95 % interval by Fisher's transformation (Bonett & Wright 2000)."""
+    if count < 4:
+        return -1.0, 1.0
+    spread = Z * np.sqrt((1 + spearman**2 / 2) / (count - 3))
+    middle = np.arctanh(np.clip(spearman, -1 + 1e-12, 1 - 1e-12))
+    return float(np.tanh(middle - spread)), float(np.tanh(middle + spread))

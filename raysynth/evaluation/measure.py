@@ -16,6 +16,7 @@ from raysynth.metrics.kernel import FeatureTable
 from raysynth.sampling.adherence import (
     NODULE_LUNG_LABELS,
     Measurement,
+    count_unrequested,
     find_nodule,
     requested_diameter_mm,
     stray_box,
@@ -48,6 +49,7 @@ class Measures:
     def __init__(self) -> None:
         self.tables: dict[Place, FeatureTable] = {}
         self.adherence = FeatureTable()
+        self.unrequested = FeatureTable()
 
     def update(
         self,
@@ -77,10 +79,18 @@ class Measures:
         for tissue, counts in tissue_histograms(hu, layout).items():
             seen = np.flatnonzero(counts.any(axis=1))
             self._table(tissue, HISTOGRAMS).update(first_row + seen, counts[seen])
+        with_lung = np.flatnonzero(np.isin(layout, LUNG_LABELS).any(axis=(1, 2)))
+        unrequested = [
+            count_unrequested(hu[i], layout[i], _box(box[i]), pixel_mm) for i in with_lung
+        ]
+        self.unrequested.update(
+            first_row + with_lung, np.array(unrequested, np.float32).reshape(-1, 1)
+        )
         boxed = np.flatnonzero(box[:, 0] >= 0)
         rows = [
-            _adherence(first_row + int(i), hu[i], layout[i], _box(box[i]), pixel_mm, stray_boxes)
+            _adherence(first_row + int(i), hu[i], layout[i], asked, pixel_mm, stray_boxes)
             for i in boxed
+            if (asked := _box(box[i])) is not None
         ]
         self.adherence.update(
             first_row + boxed, np.array(rows, np.float32).reshape(-1, len(ADHERENCE_COLUMNS))
@@ -91,6 +101,7 @@ class Measures:
         for place, table in other.tables.items():
             self._table(*place).merge(table)
         self.adherence.merge(other.adherence)
+        self.unrequested.merge(other.unrequested)
 
     def compute(self) -> Computed:
         """Rows and features of every region and extractor."""
@@ -110,7 +121,8 @@ def _adherence(
     stray_boxes: Sequence[Box],
 ) -> list[float]:
     """One row of `ADHERENCE_COLUMNS`."""
-    lung = np.isin(layout, NODULE_LUNG_LABELS)
+    # Who asks by a prompt says nothing of anatomy.
+    lung = np.isin(layout, NODULE_LUNG_LABELS) if layout.any() else None
     there = find_nodule(hu, lung, box, pixel_mm)
     rng = np.random.default_rng(seed_of("stray", row))
     # No nodule that was annotated elsewhere in the slice counts as chance.
@@ -127,6 +139,6 @@ def _adherence(
     ]
 
 
-def _box(values: NDArray[np.int16]) -> Box:
+def _box(values: NDArray[np.int16]) -> Box | None:
     y0, x0, y1, x1 = (int(value) for value in values)
-    return y0, x0, y1, x1
+    return None if y0 < 0 else (y0, x0, y1, x1)

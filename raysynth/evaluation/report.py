@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from raysynth import __version__
 from raysynth.case import LUNG_LABELS, Label, Nodule
 from raysynth.condition import Box, Condition
-from raysynth.config import ExperimentConfig, Gan, HoleFilling, LatentDiffusionConfig
+from raysynth.config import ExperimentConfig, Gan, HoleFilling, OfLatents
 from raysynth.config.model import Window
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION
@@ -79,25 +79,29 @@ def report(config: ExperimentConfig) -> Path:
             notices=found["notices"],
             nodules=_nodule_tiles(root, real.attrs["cases"]),
             real=_real_tiles(real),
-            synthetic=_synthetic_tiles(synthetic),
+            synthetic=synthetic_tiles(synthetic),
             denoising=frames,
             metrics=[metric_row(key, result) for key, result in found["metrics"].items()],
             shown_metrics=SHOWN_METRICS,
             adherence={
-                text.format(reference): _share(found["adherence"], name)
+                text.format(reference): found_share(found["adherence"], name)
                 for name, text in NAMES.items()
                 if found["adherence"]["synthetic"]["n"]
-            },
+            }
+            | _diameters(found)
+            | _counts(found, reference)
+            | _cohort(found),
             requested_mm=np.array(found["sizes"]["synthetic"]["requested_mm"]),
             measured_mm=np.array(found["sizes"]["synthetic"]["measured_mm"]),
             attribute_names=list(found["coverage"]),
             requested_scores=_coverage(found, "requested"),
             reference_scores=_coverage(found, "reference"),
+            consistency=_consistency(found, reference),
             losses=losses,
             seconds=seconds,
             recipe=yaml.safe_dump(config.shareable(), sort_keys=False),
             attribution=_attribution(config),
-            limits=limits(found, (_detail(real), _detail(synthetic)), frames, losses),
+            limits=limits(found, (_detail(real) or 0.0, _detail(synthetic)), frames, losses),
             window_hu=_display_window(bundle.window_hu),
         ),
         page,
@@ -121,7 +125,7 @@ def _facts(
         "synthetic slices": f"{synthetic.count:,}",
     }
     if found["adherence"]["synthetic"]["n"]:
-        share = _share(found["adherence"], "synthetic").partition(" ")[0]
+        share = found_share(found["adherence"], "synthetic").partition(" ")[0]
         facts["nodule where asked"] = f"{share} %"
     return facts
 
@@ -166,15 +170,17 @@ def _real_tiles(real: SampleSet) -> list[Tile]:
     ]
 
 
-def _synthetic_tiles(synthetic: SampleSet) -> list[Tile]:
+def synthetic_tiles(synthetic: SampleSet) -> list[Tile]:
     """The first slices of the run: nobody chose them."""
     tiles = []
     for row in range(min(GALLERY_SIZE, synthetic.count)):
         hu, layout, box = _image(synthetic, row)
         scores = ", ".join(str(score) for score in synthetic.index["attributes"][row])
+        prompt = _prompt(synthetic, row)
         seen = "found" if synthetic.index["found"][row] else "nothing found"
         copied = synthetic.index["copied_fraction"][row]
-        caption = "no nodule asked for" if box is None else f"scores {scores}; {seen}"
+        said = prompt or f"scores {scores}"
+        caption = f"{said}; {seen}" if box else prompt or "no nodule asked for"
         if copied:
             caption = f"{1 - copied:.0%} of the pixels made"
         tiles.append(Tile(hu, layout, box, caption))
@@ -190,6 +196,11 @@ def _image(samples: SampleSet, row: int) -> tuple[NDArray[np.int16], NDArray[np.
     )
 
 
+def _prompt(synthetic: SampleSet, row: int) -> str | None:
+    """What a text model was told."""
+    return synthetic.index["prompt"][row].tobytes().rstrip(b"\0").decode() or None
+
+
 def _display_window(window_hu: Window) -> Window:
     """A model of soft tissue is shown as it sees: in the usual window it would be all grey."""
     (low, high), (usual_low, usual_high) = window_hu, DISPLAY_WINDOW_HU
@@ -203,9 +214,10 @@ def _first_of(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -
         (first,) = plan_inpainting(config.model_copy(update={"sampling": one}), real)
         return first
     _, layout, box = _image(synthetic, 0)
+    prompt = _prompt(synthetic, 0)
     seed, source = (int(synthetic.index[name][0]) for name in ("seed", "source_sample"))
     scores = tuple(int(score) for score in synthetic.index["attributes"][0]) if box else None
-    return PlannedSample("first", seed, Condition(layout, box, scores), source)
+    return PlannedSample("first", seed, Condition(layout, box, scores, prompt), source)
 
 
 def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> list[Tile]:
@@ -244,7 +256,7 @@ def metric_row(key: str, result: dict[str, Any]) -> MetricRow:
     return MetricRow(key, value, **{name: entry(name) for name in columns})
 
 
-def _share(adherence: dict[str, Any], name: str) -> str:
+def found_share(adherence: dict[str, Any], name: str) -> str:
     """For example `83.2 % [78.1 %, 87.4 %] of 256 boxes`."""
     share = adherence.get(name)
     if share is None or share["found"] is None:
@@ -253,13 +265,88 @@ def _share(adherence: dict[str, Any], name: str) -> str:
     return f"{share['found']:.1%} [{low:.1%}, {high:.1%}] of {share['n']} boxes".replace("%", " %")
 
 
+def _diameters(found: dict[str, Any]) -> dict[str, str]:
+    """How diameters follow those asked for, where enough nodules were found."""
+    rows = {}
+    for name, text in {"synthetic": "where asked for", "shuffled": NAMES["shuffled"]}.items():
+        sizes = found["sizes"].get(name)
+        if sizes is not None and sizes["spearman"] is not None:
+            low, high = sizes["spearman_interval"]
+            rows[f"rank correlation of diameters asked for and found, {text}"] = (
+                f"{sizes['spearman']:.2f} [{low:.2f}, {high:.2f}] of {sizes['n']} nodules"
+            )
+    return rows
+
+
+def _counts(found: dict[str, Any], reference: str) -> dict[str, str]:
+    """Things that nobody asked for, and how often samples were drawn."""
+    rows = {}
+    for name, text in {"synthetic": "synthetic", "real": reference}.items():
+        if name in found["unrequested"]:
+            rows[f"compact dense things beside it in the lungs, {text} (mostly vessels)"] = (
+                f"{_mean(found['unrequested'][name])} a slice"
+            )
+    if found["draws"]["mean"] > 1:
+        rows["draws of a sample until the nodule was found"] = _mean(found["draws"])
+    return rows
+
+
+def _cohort(found: dict[str, Any]) -> dict[str, str]:
+    """Shares asked for, requested and found again, a line for each class."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.0%}".replace("%", " %")
+
+    return {
+        f"cohort, {factor} {name}": f"asked {share(one['asked'])}, "
+        f"requested {share(one['requested'])}, of those found {share(one['found'])}"
+        for factor, classes in found["cohort"].items()
+        for name, one in classes.items()
+    }
+
+
+def _mean(count: dict[str, Any]) -> str:
+    low, high = count["interval"]
+    return f"{count['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _consistency(found: dict[str, Any], reference: str) -> list[list[str]]:
+    """Heading and rows of the table of scores; nothing where no judge could be trained."""
+    columns = {
+        "synthetic": "synthetic",
+        "shuffled": "shuffled",
+        "untrained": "untrained",
+        "real": f"held-out {reference}",
+    }
+    sets = {key: name for key, name in columns.items() if key in found["consistency"]}
+    if "synthetic" not in sets:
+        return []
+
+    def cell(agreement: dict[str, Any] | None) -> str:
+        if agreement is None:
+            return "-"
+        low, high = agreement["interval"]
+        equal = f"{agreement['accuracy']:.0%} equal".replace("%", " %")
+        return f"{agreement['kappa']:.2f} [{low:.2f}, {high:.2f}], {equal}"
+
+    rows = [
+        [
+            name,
+            *(cell(found["consistency"][key].get(name)) for key in sets),
+            f"{found['reader_kappa'][name]:.2f}",
+        ]
+        for name in found["consistency"]["synthetic"]
+    ]
+    return [["score", *sets.values(), "two readers"], *rows]
+
+
 def _coverage(found: dict[str, Any], side: str) -> NDArray[np.float64]:
     return np.array([entry[side] for entry in found["coverage"].values()])
 
 
 def _models(config: ExperimentConfig) -> list[str]:
     """The recipe's model after its autoencoder."""
-    if isinstance(config.model, LatentDiffusionConfig):
+    if isinstance(config.model, OfLatents):
         return [config.model.autoencoder.name, config.name]
     return [config.name]
 
@@ -294,7 +381,7 @@ def _attribution(config: ExperimentConfig) -> list[str]:
 
 def limits(
     found: dict[str, Any],
-    detail: tuple[float, float],
+    detail: tuple[float, float | None],
     frames: Sequence[Tile],
     losses: Losses,
 ) -> dict[str, str]:
@@ -302,22 +389,31 @@ def limits(
     texts = {}
     share, sizes = found["adherence"]["synthetic"]["found"], found["sizes"]["synthetic"]
     real, synthetic = detail
-    texts["gallery"] = (
-        f"neighbouring lung pixels of synthetic slices differ by {synthetic:.0f} HU on average, "
-        f"of training slices by {real:.0f}: "
-        f"{'fine texture is missing' if synthetic < real else 'there is no less of it'}."
-    )
+    gallery = []
+    if synthetic is not None:
+        gallery.append(
+            f"neighbouring lung pixels of synthetic slices differ by {synthetic:.0f} HU on "
+            f"average, of training slices by {real:.0f}: "
+            f"{'fine texture is missing' if synthetic < real else 'there is no less of it'}."
+        )
     if share is not None:
-        texts["gallery"] += (
-            f" In {1 - share:.0%} of the synthetic slices nothing was found where a nodule was "
+        gallery.append(
+            f"In {1 - share:.0%} of the synthetic slices nothing was found where a nodule was "
             "asked for."
         )
+    texts["gallery"] = " ".join(gallery)
     if sizes["n"]:
         texts["adherence"] = (
             f"where a nodule was found, its diameter is off by "
-            f"{sizes['median_absolute_error_mm']:.1f} mm in the median; whether the requested "
-            "scores can be seen is not measured."
+            f"{sizes['median_absolute_error_mm']:.1f} mm in the median."
         )
+    scores = found["consistency"].get("synthetic", {})
+    unseen = [name for name, one in scores.items() if one["interval"][0] <= 0]
+    texts["consistency"] = (
+        f"not to be told from chance: {', '.join(unseen)}."
+        if unseen
+        else "every score can be seen to some extent."
+    )
     if len(frames) > 1:
         moved = np.abs(frames[-1].hu.astype(np.float64) - frames[-2].hu).mean()
         texts["denoising"] = (
@@ -342,10 +438,10 @@ def limits(
     return texts
 
 
-def _detail(samples: SampleSet) -> float:
-    """Mean difference of neighbouring lung pixels of a set's first slices, HU."""
+def _detail(samples: SampleSet) -> float | None:
+    """Mean difference of neighbouring lung pixels of a set's first slices, HU; None: no layout."""
     stop = min(samples.count, samples.rows_per_shard)
     hu = samples.read("hu", 0, stop).astype(np.float64)
     lung = np.isin(samples.read("layout", 0, stop), LUNG_LABELS)
     both = lung[:, :, 1:] & lung[:, :, :-1]
-    return float(np.abs(np.diff(hu, axis=2))[both].mean()) if both.any() else 0.0
+    return float(np.abs(np.diff(hu, axis=2))[both].mean()) if both.any() else None

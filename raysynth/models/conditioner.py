@@ -31,6 +31,7 @@ class ConditionBatch:
         layout: labels, uint8 (B, *spatial); null is 0 everywhere.
         box: half-open (y0, x0, y1, x1) in sample pixels, int64 (B, 4); null is -1.
         attributes: scores 1-5 of `CONDITION_ATTRIBUTES`, int64 (B, 5); null is 0.
+        text: a prompt for each sample, null is empty; None where no sample has any.
         known_hu: HU to keep, int16 (B, *spatial); None where nothing is kept of any sample.
         known_mask: where, bool (B, *spatial); null is false everywhere.
     """
@@ -38,6 +39,7 @@ class ConditionBatch:
     layout: Tensor
     box: Tensor
     attributes: Tensor
+    text: tuple[str, ...] | None = None
     known_hu: Tensor | None = None
     known_mask: Tensor | None = None
 
@@ -46,11 +48,15 @@ class ConditionBatch:
 
     def to(self, device: torch.device | str) -> ConditionBatch:
         """The same conditions on another device."""
-        return self._map(lambda part: part.to(device, non_blocking=True))
+        return self._map(lambda part: part.to(device, non_blocking=True), self.text)
 
     def select(self, rows: slice | Tensor) -> ConditionBatch:
         """The conditions of some samples."""
-        return self._map(lambda part: part[rows])
+        text = self.text
+        if text is not None:
+            chosen = np.arange(len(text))[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+            text = tuple(text[row] for row in chosen)
+        return self._map(lambda part: part[rows], text)
 
     def null(self) -> ConditionBatch:
         """As many null conditions."""
@@ -66,14 +72,20 @@ class ConditionBatch:
             null = -1 if part is self.box else 0
             return part.masked_fill(mask.view(-1, *[1] * (part.ndim - 1)), null)
 
-        return self._map(emptied)
+        text = self.text
+        if text is not None:
+            text = tuple("" if d else t for d, t in zip(mask.tolist(), text, strict=True))
+        return self._map(emptied, text)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> ConditionBatch:
+    def _map(
+        self, change: Callable[[Tensor], Tensor], text: tuple[str, ...] | None
+    ) -> ConditionBatch:
         known = self.known_hu, self.known_mask
         return ConditionBatch(
             change(self.layout),
             change(self.box),
             change(self.attributes),
+            text,
             *(None if part is None else change(part) for part in known),
         )
 
@@ -99,9 +111,15 @@ def collate(conditions: Sequence[Condition], size: int) -> ConditionBatch:
             box[row] = condition.box
         if condition.attributes is not None:
             attributes[row] = condition.attributes
-    known = _collate_known(conditions, size)
+    text = None
+    if any(condition.text is not None for condition in conditions):
+        text = tuple(condition.text or "" for condition in conditions)
     return ConditionBatch(
-        torch.from_numpy(layout), torch.from_numpy(box), torch.from_numpy(attributes), *known
+        torch.from_numpy(layout),
+        torch.from_numpy(box),
+        torch.from_numpy(attributes),
+        text,
+        *_collate_known(conditions, size),
     )
 
 

@@ -13,6 +13,7 @@ from raysynth.config.model import (
     InpaintingConfig,
     LatentDiffusionConfig,
     SemanticDiffusionConfig,
+    TextDiffusionConfig,
     Window,
 )
 from raysynth.models.conditioner import (
@@ -23,6 +24,7 @@ from raysynth.models.conditioner import (
     one_hot_layout,
 )
 from raysynth.models.monai import SPADE, DiffusionModelUNet, SPADEDiffusionModelUNet
+from raysynth.models.text import TextEncoder
 from raysynth.window import normalize
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -67,6 +69,31 @@ class LatentDenoiser(Denoiser):
         """The prediction for conditions that are already encoded."""
         x = torch.cat([x_t, encoded.channels.to(x_t.dtype)], dim=1)
         prediction: Tensor = self.unet(x, timestep, context=encoded.context)
+        return prediction
+
+
+class TextDenoiser(Denoiser):
+    """Prompts in cross-attention, and as a whole beside the timestep (system B)."""
+
+    def __init__(self, unet: DiffusionModelUNet, text_encoder: TextEncoder) -> None:
+        super().__init__()
+        self.unet = unet
+        # Where MONAI has a table of classes, as diffusers' `class_embed_type="projection"`.
+        width = unet.class_embedding.embedding_dim
+        unet.add_module("class_embedding", nn.Linear(text_encoder.width, width))
+        self.text_encoder = text_encoder
+
+    def encode(self, condition: ConditionBatch) -> EncodedCondition:
+        """The prompts' words; without a prompt, those of the empty one."""
+        prompts = condition.text or ("",) * len(condition)
+        nothing = torch.empty(len(condition), 0, 1, 1, device=condition.box.device)
+        return EncodedCondition(nothing, self.text_encoder(prompts))
+
+    def predict(self, x_t: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
+        """The prediction for conditions that are already encoded."""
+        assert encoded.context is not None
+        whole = encoded.context[:, 0]
+        prediction: Tensor = self.unet(x_t, timestep, context=encoded.context, class_labels=whole)
         return prediction
 
 
@@ -126,6 +153,15 @@ def build_denoiser(config: DiffusionConfig, latent_channels: int, latent_size: i
                 **shape,
             )
             return LatentDenoiser(unet, conditioner)
+        case TextDiffusionConfig():
+            unet = DiffusionModelUNet(
+                in_channels=latent_channels,
+                with_conditioning=True,
+                cross_attention_dim=config.text_width,
+                num_class_embeds=1,
+                **shape,
+            )
+            return TextDenoiser(unet, TextEncoder(config))
         case SemanticDiffusionConfig():
             return SemanticDenoiser(
                 SPADEDiffusionModelUNet(

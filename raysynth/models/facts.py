@@ -15,8 +15,8 @@ from raysynth.config.base import Section
 from raysynth.config.data import SliceSamples
 from raysynth.config.model import (
     AutoencoderKLConfig,
-    LatentDiffusionConfig,
     ModelConfig,
+    OfLatents,
     VQVAEConfig,
     Window,
 )
@@ -80,14 +80,14 @@ class BundleFacts(Section):
     def _autoencoder_lies_beside(cls, values: Any) -> Any:
         """The recipe's path to its autoencoder means nothing here: the weights are copied in."""
         model = values.get("model") if isinstance(values, dict) else None
-        if isinstance(model, LatentDiffusionConfig):
+        if isinstance(model, OfLatents):
             copied = model.model_copy(update={"autoencoder": Path(AUTOENCODER)})
             return {**values, "model": copied}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> BundleFacts:
-        if isinstance(self.model, LatentDiffusionConfig) != (self.autoencoder is not None):
+        if isinstance(self.model, OfLatents) != (self.autoencoder is not None):
             raise ValueError("autoencoder: give it for a latent diffusion model, and only then")
         return self
 
@@ -101,7 +101,7 @@ class BundleFacts(Section):
     @property
     def window_hu(self) -> Window:
         """HU that the networks see as -1 and 1."""
-        if isinstance(self.model, LatentDiffusionConfig):
+        if isinstance(self.model, OfLatents):
             assert self.autoencoder is not None
             return self.autoencoder.window_hu
         return self.model.window_hu

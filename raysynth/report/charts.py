@@ -100,16 +100,17 @@ def histogram_chart(edges: NDArray[np.int64], counts: dict[str, NDArray[np.int64
 
 def geometry_chart(spacing_mm: NDArray[np.float64], diameter_mm: NDArray[np.float64]) -> str:
     """Voxel sizes of the cases, and diameters of their nodules."""
-    figure, (voxels, nodules) = _figure(2, width=3.6)
-    voxels.scatter(spacing_mm[:, 2], spacing_mm[:, 0], s=12, color=REAL, alpha=0.6, linewidths=0)
-    voxels.set(xlabel="in the plane, mm", ylabel="between planes, mm", xlim=(0, None))
-    voxels.set_ylim(0, None)
+    figure, (voxels, *others) = _figure(2 if len(diameter_mm) else 1, width=3.6)
+    across, between = spacing_mm[:, 2], spacing_mm[:, 0]
+    voxels.scatter(across, between, s=12, color=REAL, alpha=0.6, linewidths=0)
+    voxels.set(xlabel="in the plane, mm", ylabel="between planes, mm")
+    voxels.set(xlim=(0, 1.1 * max(across, default=1)), ylim=(0, 1.1 * max(between, default=1)))
     _title(voxels, "voxel size of the cases")
-    nodules.hist(
-        diameter_mm, bins=np.arange(0, 2 + max([30, *diameter_mm]), 2).tolist(), color=REAL
-    )
-    nodules.set(xlabel="diameter, mm", ylabel="nodules")
-    _title(nodules, "nodules")
+    for nodules in others:
+        bins = np.arange(0, 2 + max(30, *diameter_mm), 2).tolist()
+        nodules.hist(diameter_mm, bins=bins, color=REAL)
+        nodules.set(xlabel="diameter, mm", ylabel="nodules")
+        _title(nodules, "nodules")
     return _svg(figure)
 
 

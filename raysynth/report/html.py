@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +66,7 @@ class ReportData:
     attribute_names: Sequence[str]
     requested_scores: NDArray[np.float64]
     reference_scores: NDArray[np.float64]
+    consistency: Sequence[Sequence[str]]
     losses: Losses
     seconds: dict[str, float]
     recipe: str
@@ -95,6 +96,22 @@ class StorePage:
     spacing_mm: NDArray[np.float64]
     diameter_mm: NDArray[np.float64]
     strata: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """What `raysynth compare` shows.
+
+    Attributes:
+        table: heading and rows.
+        verdicts: a sentence for each pair of recipes.
+        galleries: slices by recipe.
+    """
+
+    title: str
+    table: Sequence[Sequence[str]]
+    verdicts: Sequence[str]
+    galleries: Mapping[str, Sequence[Tile]]
 
 
 def write_report(data: ReportData, path: Path) -> None:
@@ -136,6 +153,17 @@ def write_store_page(data: StorePage, path: Path) -> None:
         groups={name: [_tile(tile) for tile in tiles] for name, tiles in data.galleries.items()},
         histogram=charts.histogram_chart(data.hu_edges, data.hu_counts),
         geometry=charts.geometry_chart(data.spacing_mm, data.diameter_mm),
+    )
+
+
+def write_comparison(data: ComparisonPage, path: Path) -> None:
+    """Renders a comparison to `path`, replacing what is there in one step."""
+    _write(
+        "compare.html",
+        path,
+        DISPLAY_WINDOW_HU,
+        data=data,
+        groups={name: [_tile(tile) for tile in tiles] for name, tiles in data.galleries.items()},
     )
 
 

@@ -33,22 +33,33 @@ MIN_LUNG_PX = 6
 
 DEFAULT_LUNG_HU = -850.0
 
+MAX_LUNG_HU = -500.0
+"""What is denser around a box is no lung: the nodule lies elsewhere, whatever the layout says."""
+
+COMPACT_MM = (4.0, 40.0)
+"""Diameters of what counts as nodule-like where none was asked for."""
+
+MIN_FILLED = 0.5
+"""Share of the square around it that a compact thing fills at least; a disc fills 0.79."""
+
 
 @dataclass(frozen=True)
 class Measurement:
     """What stands in a box.
 
     Attributes:
-        found: something of plausible density, size and place stands out from the lung around it.
+        found: something of plausible density, size and place stands out from lung around it.
         contrast_hu: middle of the box minus the lung around it.
         diameter_mm: of the disc with the area of what stands out; NaN if nothing does.
         offset_mm: distance of its centre of mass from the box's centre; NaN if nothing does.
+        mask: what stands out (y, x); None if nothing does.
     """
 
     found: bool
     contrast_hu: float
     diameter_mm: float
     offset_mm: float
+    mask: NDArray[np.bool_] | None = None
 
 
 def find_nodule(
@@ -88,10 +99,49 @@ def find_nodule(
     side = box[2] - box[0]
     found = (
         contrast >= MIN_CONTRAST_HU
+        and background <= MAX_LUNG_HU
         and SIZE_RANGE[0] <= diameter_px / side <= SIZE_RANGE[1]
         and offset_px <= max(1.0, MAX_OFFSET * side)
     )
-    return Measurement(bool(found), contrast, diameter_px * pixel_mm, offset_px * pixel_mm)
+    mask = np.zeros(hu.shape, bool)
+    mask[frame] = blob
+    return Measurement(bool(found), contrast, diameter_px * pixel_mm, offset_px * pixel_mm, mask)
+
+
+def count_unrequested(
+    hu: NDArray[np.int16], layout: NDArray[np.uint8], box: Box | None, pixel_mm: float
+) -> int:
+    """How many compact dense things lie inside the lungs, the requested nodule left out.
+
+    Most are vessels seen end on: patients' slices show how many are normal.
+
+    Args:
+        hu: the slice (y, x).
+        layout: labels, annotated or asked for.
+        box: of the nodule asked for; None: there is none.
+        pixel_mm: side of a pixel.
+    """
+    lung = np.isin(layout, NODULE_LUNG_LABELS)
+    if not lung.any():
+        return 0
+    own = layout == Label.NODULE
+    if box is not None:
+        own[box[0] : box[2], box[1] : box[3]] = True
+    threshold = np.median(hu[lung]) + 2 * MIN_CONTRAST_HU
+    dense = lung & (hu > threshold)
+    parts, count = ndimage.label(dense)
+    areas = np.bincount(parts.ravel(), minlength=count + 1)
+    # What touches the border of the lung is its wall.
+    border = lung & ndimage.binary_dilation(~lung)
+    excluded = np.union1d(parts[border], parts[own])
+    compact = 0
+    for part, place in enumerate(ndimage.find_objects(parts), start=1):
+        side = max(axis.stop - axis.start for axis in place)
+        diameter_mm = 2 * np.sqrt(areas[part] / np.pi) * pixel_mm
+        is_compact = areas[part] >= MIN_FILLED * side**2
+        if COMPACT_MM[0] <= diameter_mm <= COMPACT_MM[1] and is_compact and part not in excluded:
+            compact += 1
+    return compact
 
 
 def requested_diameter_mm(layout: NDArray[np.uint8], box: Box, pixel_mm: float) -> float:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from raysynth import __version__
-from raysynth.case import CONDITION_ATTRIBUTES
+from raysynth.case import CONDITION_ATTRIBUTES, Label
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig, HoleFilling, SamplingConfig
 from raysynth.config.experiment import CONTROL_SUFFIXES, SHUFFLED, UNTRAINED
@@ -21,15 +22,16 @@ from raysynth.config.sampling import DRAWING
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import bundle_digest, read_facts
+from raysynth.sampling.adherence import Measurement
 from raysynth.sampling.draw import SliceSampler
 from raysynth.sampling.hosts import plan_inpainting
-from raysynth.sampling.planner import PlannedSample, plan_samples, shuffle_conditions
+from raysynth.sampling.planner import NO_SOURCE, PlannedSample, plan_samples, shuffle_conditions
 from raysynth.seeding import fingerprint
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, set_index, write_rows
-from storage_schema.v1 import synthetic_run
+from storage_schema.v1 import PROMPT_BYTES, SPLITS, synthetic_run
 
 NO_BOX = (-1, -1, -1, -1)
 NO_SCORES = (0,) * len(CONDITION_ATTRIBUTES)
@@ -108,13 +110,19 @@ def _write(config: ExperimentConfig, samples: SampleSet, digest: str, mark: str)
         return drawn, run.publish(f"{planned} samples in synthetic/{config.name} and its controls")
 
 
+def plan_run_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSample]:
+    """What the recipe's run is asked for, by the planner that its model needs."""
+    if isinstance(config.model, HoleFilling):
+        return plan_inpainting(config, samples)
+    return plan_samples(config, samples)
+
+
 Plan = list[tuple[PlannedSample, PlannedSample]]
 """For every sample what it is drawn under, and what it is recorded as."""
 
 
 def _plans(config: ExperimentConfig, samples: SampleSet) -> dict[str, Plan]:
-    fills_holes = isinstance(config.model, HoleFilling)
-    asked = (plan_inpainting if fills_holes else plan_samples)(config, samples)
+    asked = plan_run_samples(config, samples)
     plans = {config.name: list(zip(asked, asked, strict=True))}
     if config.evaluation.controls:
         count = config.evaluation.num_control_samples or len(asked)
@@ -157,17 +165,25 @@ class _Drawer:
 
     def __call__(self, root: zarr.Group, unit: Unit) -> None:
         drawn, asked = zip(*unit.plan, strict=True)
-        hu = self.sampler.draw(drawn, untrained=unit.untrained)
-        measured = self.sampler.measure(hu, asked)
+        if unit.run.endswith(CONTROL_SUFFIXES):
+            # They show what happens without guidance: nothing of them is sorted out.
+            hu = self.sampler.draw(drawn, untrained=unit.untrained)
+            measured, draws = self.sampler.measure(hu, asked), np.ones(len(asked), np.uint8)
+        else:
+            hu, measured, draws = self.sampler.draw_until_found(drawn)
         found = np.array([one.found for one in measured], np.uint8)
         is_free = np.array([one.condition.box is None for one in asked])
         diameter_mm = np.array([one.diameter_mm for one in measured], np.float32)
         contrast_hu = np.array([one.contrast_hu for one in measured], np.float32)
+        layout = np.stack([_layout(one.condition, hu[0].shape) for one in asked])
         arrays = {
             "hu": hu,
-            "layout": np.stack([one.condition.layout for one in asked]),
+            "layout": layout,
+            "measured": np.stack([_measured(one, hu[0].shape) for one in measured]),
             "index/batch_shape": np.full(len(asked), self.sampler.batch_shape, np.int16),
             "index/found": found,
+            "index/draws": draws,
+            "index/unrequested": self.sampler.count_unrequested(hu, layout, asked),
             "index/accepted": np.where(is_free, np.uint8(1), found),
             "index/measured_diameter_mm": np.where(found, diameter_mm, np.float32(np.nan)),
             "index/measured_contrast_hu": np.where(found, contrast_hu, np.float32(np.nan)),
@@ -264,19 +280,39 @@ def _declare(
         spec = synthetic_run(len(plan), samples.shape)
         group = create_sample_set(root, f"synthetic/{name}", spec, own)
         sources = np.array([one.source_sample for one in asked])
+        is_lent = sources != NO_SOURCE
         set_index(
             group,
             {
                 "box": np.array([one.condition.box or NO_BOX for one in asked]),
                 "attributes": np.array([one.condition.attributes or NO_SCORES for one in asked]),
                 "has_nodule": np.array([one.condition.box is not None for one in asked]),
-                "split": samples.index["split"][sources],
+                "split": np.where(is_lent, samples.index["split"][sources], SPLITS.index("train")),
+                "prompt": [_utf8(one.condition.text or "") for one in asked],
                 "seed": np.array([one.seed for one in asked], np.uint64),
                 "source_sample": sources,
-                "source_case": samples.index["case"][sources],
+                "source_case": np.where(is_lent, samples.index["case"][sources], NO_SOURCE),
                 "copied_fraction": np.array([_copied(drawn.condition) for drawn, _ in plan]),
             },
         )
+
+
+def _layout(condition: Condition, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Background where the request says nothing of anatomy."""
+    return np.zeros(shape, np.uint8) if condition.layout is None else condition.layout
+
+
+def _measured(found: Measurement, shape: tuple[int, ...]) -> NDArray[Any]:
+    """What was found, as a layout."""
+    if not found.found or found.mask is None:
+        return np.zeros(shape, np.uint8)
+    return np.where(found.mask, np.uint8(Label.NODULE), np.uint8(0))
+
+
+def _utf8(text: str) -> NDArray[np.uint8]:
+    """A row of `index/prompt`."""
+    encoded = text.encode()[:PROMPT_BYTES]
+    return np.frombuffer(encoded.ljust(PROMPT_BYTES, b"\0"), np.uint8)
 
 
 def _copied(condition: Condition) -> float:

@@ -17,7 +17,12 @@ from raysynth.models.bundle import Bundle, load_bundle
 from raysynth.models.conditioner import collate
 from raysynth.models.denoiser import Denoiser, build_denoiser
 from raysynth.models.gan import Generator, build_generator
-from raysynth.sampling.adherence import NODULE_LUNG_LABELS, Measurement, find_nodule
+from raysynth.sampling.adherence import (
+    NODULE_LUNG_LABELS,
+    Measurement,
+    count_unrequested,
+    find_nodule,
+)
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 from raysynth.sampling.planner import PlannedSample
 from raysynth.seeding import seed_of
@@ -78,6 +83,44 @@ class SliceSampler:
             _paste_known(image, one.condition)
         return hu
 
+    def draw_until_found(
+        self, planned: Sequence[PlannedSample]
+    ) -> tuple[NDArray[np.int16], list[Measurement], NDArray[np.uint8]]:
+        """Draws slices, and those without the nodule asked for again, with other noise.
+
+        None is drawn more than `sampling.max_draws` times; the last draw stays.
+
+        Returns:
+            HU (n, y, x), what was measured, and how often each was drawn.
+        """
+        hu = self.draw(planned)
+        measured = self.measure(hu, planned)
+        draws = np.ones(len(planned), np.uint8)
+        for count in range(2, self.sampling.max_draws + 1):
+            missed = [
+                row
+                for row, (one, found) in enumerate(zip(planned, measured, strict=True))
+                if one.condition.box is not None and not found.found
+            ]
+            if not missed:
+                break
+            again = [planned[row].redrawn(count) for row in missed]
+            images = self.draw(again)
+            hu[missed], draws[missed] = images, count
+            for row, found in zip(missed, self.measure(images, again), strict=True):
+                measured[row] = found
+        return hu, measured, draws
+
+    def count_unrequested(
+        self, hu: NDArray[np.int16], layout: NDArray[np.uint8], asked: Sequence[PlannedSample]
+    ) -> NDArray[np.uint8]:
+        """Compact dense things in the lungs of every slice that were not asked for, (n,)."""
+        counts = [
+            count_unrequested(image, labels, one.condition.box, self.bundle.samples.pixel_mm)
+            for image, labels, one in zip(hu, layout, asked, strict=True)
+        ]
+        return np.minimum(counts, 255).astype(np.uint8)
+
     def denoising(
         self, planned: PlannedSample, num_frames: int
     ) -> tuple[list[int], NDArray[np.int16]]:
@@ -101,9 +144,7 @@ class SliceSampler:
             _paste_known(image, planned.condition)
         return shown, hu
 
-    def measure(
-        self, hu: NDArray[np.int16], asked: Sequence[PlannedSample]
-    ) -> tuple[Measurement, ...]:
+    def measure(self, hu: NDArray[np.int16], asked: Sequence[PlannedSample]) -> list[Measurement]:
         """Looks in every slice for the nodule that was asked for; without one, for nothing."""
         pixel_mm = self.bundle.samples.pixel_mm
         measurements = []
@@ -112,10 +153,9 @@ class SliceSampler:
             if box is None:
                 measurements.append(Measurement(False, np.nan, np.nan, np.nan))
                 continue
-            assert layout is not None
-            lung = np.isin(layout, NODULE_LUNG_LABELS)
+            lung = None if layout is None else np.isin(layout, NODULE_LUNG_LABELS)
             measurements.append(find_nodule(image, lung, box, pixel_mm))
-        return tuple(measurements)
+        return measurements
 
     def _requests(self, planned: Iterable[PlannedSample]) -> Iterator[SampleRequest]:
         for one in planned:

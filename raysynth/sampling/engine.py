@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from raysynth.condition import Condition
-from raysynth.diffusion.samplers import SamplerName, StepTable, sampler_step, step_table
-from raysynth.diffusion.schedule import NoiseSchedule, PredictionType, x_0_weights
+from raysynth.config.model import PredictionType
+from raysynth.config.sampling import SamplerName
+from raysynth.diffusion.samplers import NUM_WEIGHTS, StepTable, sampler_step, step_table
+from raysynth.diffusion.schedule import NoiseSchedule, x_0_weights
 from raysynth.errors import InputError
 from raysynth.models.conditioner import EncodedCondition, collate
 
@@ -82,12 +84,13 @@ class SamplingEngine:
     2 * max_slots rows. Nothing in `step` waits for the device.
     """
 
-    _x_t: Tensor  # (slots, c, h, w), like the two below
+    _x_t: Tensor  # (slots, c, h, w), like the three below
     _x_0: Tensor
+    _x_0_prev: Tensor
     _noise: Tensor
     _guidance: Tensor  # (slots, 1, 1, 1)
     _timesteps: Tensor  # (slots, num_train_timesteps + 1)
-    _weights: Tensor  # (slots, num_train_timesteps + 1, 6, 1, 1, 1)
+    _weights: Tensor  # (slots, num_train_timesteps + 1, 2 + NUM_WEIGHTS, 1, 1, 1)
     _slots: Tensor  # (slots,), like the two below
     _position: Tensor
     _stride: Tensor
@@ -178,10 +181,11 @@ class SamplingEngine:
         self._guidance[slot] = request.guidance_scale
         self._x_t[slot] = self._noise[slot].normal_(generator=generator)
         if encoded.keep is not None and encoded.known is not None:
-            alpha_bar = self.schedule.alphas_cumprod[table.timesteps[0]]
-            noisy = alpha_bar.sqrt() * encoded.known[0] + (1 - alpha_bar).sqrt() * self._noise[slot]
+            alpha, sigma = self.schedule.at(table.timesteps[0])
+            noisy = alpha * encoded.known[0] + sigma * self._noise[slot]
             self._x_t[slot] = torch.lerp(self._noise[slot], noisy.float(), encoded.keep[0])
         self._x_0[slot] = 0
+        self._x_0_prev[slot] = 0
         return True
 
     @torch.inference_mode()
@@ -191,14 +195,14 @@ class SamplingEngine:
             if course is not None and course.is_stochastic:
                 self._noise[slot].normal_(generator=course.generator)
         timestep = self._timesteps[self._slots, self._position]
-        p, q, a, b, c, d = self._weights[self._slots, self._position].unbind(1)
+        p, q, *weights = self._weights[self._slots, self._position].unbind(1)
         x_0 = torch.addcmul(p * self._x_t, q, self._predict(timestep))
         if self._encoded.keep is not None and self._encoded.known is not None:
             # What is known takes part in the update, so that its noise stays that of its step.
             slots = slice(self.max_slots)
             x_0 = torch.lerp(x_0, self._encoded.known[slots], self._encoded.keep[slots])
-        self._x_t = sampler_step((a, b, c, d), self._x_t, x_0, self._x_0, self._noise)
-        self._x_0 = x_0
+        self._x_t = sampler_step(weights, self._x_t, x_0, self._x_0, self._x_0_prev, self._noise)
+        self._x_0, self._x_0_prev = x_0, self._x_0
         self._position += self._stride
         self._collect()
 
@@ -232,9 +236,10 @@ class SamplingEngine:
         self._noise = torch.zeros(slots, *latent_shape, device=self.device)
         self._x_t = self._noise.to(memory_format=torch.channels_last, copy=True)
         self._x_0 = self._x_t.clone()
+        self._x_0_prev = self._x_t.clone()
         self._guidance = torch.ones(slots, *axes, device=self.device)
         self._timesteps = torch.zeros(slots, rows, dtype=torch.int64, device=self.device)
-        self._weights = torch.zeros(slots, rows, 6, *axes, device=self.device)
+        self._weights = torch.zeros(slots, rows, 2 + NUM_WEIGHTS, *axes, device=self.device)
         self._slots = torch.arange(slots, device=self.device)
         self._position = torch.full((slots,), rows - 1, device=self.device)
         self._stride = torch.zeros_like(self._position)
@@ -251,12 +256,12 @@ class SamplingEngine:
                 mine[slot] = given[0]
 
     def _put_table(self, slot: int, table: StepTable) -> None:
-        """Writes a slot's course, with the weights that turn predictions into x_0 before a-d."""
+        """Writes a slot's course, with the weights that turn predictions into x_0 before a-e."""
         steps = len(table.timesteps)
-        to_x_0 = x_0_weights(self.prediction_type, self.schedule.alphas_cumprod[table.timesteps])
+        to_x_0 = x_0_weights(self.prediction_type, *self.schedule.at(table.timesteps))
         weights = torch.cat([torch.stack(to_x_0, dim=1), table.weights], dim=1)
         self._timesteps[slot, :steps] = table.timesteps.to(self.device)
-        self._weights[slot, :steps] = weights.float().to(self.device).view(steps, 6, 1, 1, 1)
+        self._weights[slot, :steps] = weights.float().to(self.device).view(steps, -1, 1, 1, 1)
         self._position[slot] = 0
         self._stride[slot] = 1
 

@@ -10,21 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.case import CONDITION_COLUMNS, LUNG_LABELS, Label
+from raysynth.case import ATTRIBUTES, CONDITION_COLUMNS, LUNG_LABELS, Label
 from raysynth.condition import Box, Condition
-from raysynth.config import ExperimentConfig
+from raysynth.config import ExperimentConfig, SliceSamples, TextDiffusionConfig
 from raysynth.errors import InputError
-from raysynth.formats.lidc import SLICE_PIXELS, LidcRecord, nodule_records
+from raysynth.formats.lidc import SLICE_PIXELS, LidcRecord
 from raysynth.layout.propose import admissible_centres, place_nodule
+from raysynth.models.text import tokenize
+from raysynth.prompt import NO_NODULE, PLACES, write_prompt
+from raysynth.sampling.cohort import Scores, Stratum, plan_strata
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet
 
 PLACE_SIGMA_MM = 40.0
 """How far from the place of the real nodule the drawn one may stray (a Gaussian)."""
+
+NO_SOURCE = -1
+"""Instead of a real sample, where none lends its layout."""
 
 MAX_DRAWS = 200
 """Redraws before a plan gives up: reached only where no lung can hold any nodule."""
@@ -37,7 +44,7 @@ class PlannedSample:
     Attributes:
         sample_id: unique within the store; the seed follows from it.
         condition: layout, box and attributes asked for; the layout alone of one without nodule.
-        source_sample: row of the real sample that lends its layout.
+        source_sample: row of the real sample that lends its layout; -1: none.
     """
 
     sample_id: str
@@ -45,9 +52,15 @@ class PlannedSample:
     condition: Condition
     source_sample: int
 
+    def redrawn(self, count: int) -> PlannedSample:
+        """The same request for the `count`-th draw: other noise."""
+        return replace(self, seed=seed_of("redraw", self.seed, count))
+
 
 Drawn = tuple[int, Condition, float]
 """Index of the layout lent, what to ask for, and the nodule's diameter in mm."""
+
+DrawNodule = Callable[[np.random.Generator], tuple[LidcRecord, Scores]]
 
 Prior = Callable[[np.random.Generator], Drawn | None]
 """Draws one condition; None where the drawn nodule does not fit the drawn layout."""
@@ -63,25 +76,105 @@ def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSa
     Raises:
         InputError: the set has no training slice that could hold a nodule.
     """
+    if isinstance(config.model, TextDiffusionConfig):
+        return _plan_prompts(config)
     rows, anatomies = _lendable_layouts(samples)
-    if config.sampling.prior == "joint":
-        prior = joint_prior(config, anatomies)
-    else:
-        prior = independent_prior(
-            _training_boxes(samples), anatomies, samples.shape[-1], samples.pixel_mm
-        )
+    strata = plan_strata(config.sampling.cohort, config.slices.min_nodule_mm)
+    independent = None
+    if config.sampling.prior == "independent":
+        boxes = _training_boxes(samples)
+        independent = independent_prior(boxes, anatomies, samples.shape[-1], samples.pixel_mm)
     plan = []
     for number in range(config.sampling.num_samples):
-        sample_id = f"{config.name}-{number:08d}"
-        rng = np.random.default_rng(seed_of("plan", config.seed, sample_id))
-        if _is_nodule_free(number, config.sampling.nodule_free):
-            source = int(rng.integers(len(anatomies)))
+        turn = _turn(config, number)
+        if _is_nodule_free(turn.series, config.sampling.nodule_free):
+            source = int(turn.rng.integers(len(anatomies)))
             condition = Condition(anatomies[source])
         else:
-            source, condition, _ = _draw_until_it_fits(prior, rng)
-        seed = seed_of("sample", config.seed, sample_id)
-        plan.append(PlannedSample(sample_id, seed, condition, int(rows[source])))
+            nodules = partial(turn.draw_nodule, strata.of(turn.series))
+            prior = independent or joint_prior(config, anatomies, nodules)
+            source, condition, _ = _draw_until_it_fits(prior, turn.rng)
+        plan.append(PlannedSample(turn.sample_id, turn.seed, condition, int(rows[source])))
     return plan
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What decides one sample of a plan.
+
+    Attributes:
+        sample_id: its name.
+        series: number of its counterfactual series; without any, of the sample.
+        seed: of the series' noise.
+        rng: draws the series' request.
+        changed: column and value of the score that is this sample's own.
+    """
+
+    sample_id: str
+    series: int
+    seed: int
+    rng: np.random.Generator
+    changed: tuple[int, int] | None
+
+    def draw_nodule(self, stratum: Stratum, rng: np.random.Generator) -> tuple[LidcRecord, Scores]:
+        """A nodule of a stratum, with this sample's own score."""
+        record, scores = stratum.draw(rng)
+        if self.changed is None:
+            return record, scores
+        column, value = self.changed
+        return record, (*scores[:column], value, *scores[column + 1 :])
+
+
+def _turn(config: ExperimentConfig, number: int) -> _Turn:
+    series, changed = number, None
+    for name, values in config.sampling.counterfactual.items():
+        series, place = divmod(number, len(values))
+        changed = ATTRIBUTES.index(name), values[place]
+    first = f"{config.name}-{series:08d}"
+    return _Turn(
+        f"{config.name}-{number:08d}",
+        series,
+        seed_of("sample", config.seed, first),
+        np.random.default_rng(seed_of("plan", config.seed, first)),
+        changed,
+    )
+
+
+def _plan_prompts(config: ExperimentConfig) -> list[PlannedSample]:
+    """Plans for a model that is told nothing but words."""
+    assert isinstance(config.model, TextDiffusionConfig)
+    prompts = config.sampling.prompts
+    for prompt in prompts:
+        tokenize(prompt, config.model.max_tokens)
+    strata = plan_strata(config.sampling.cohort, config.slices.min_nodule_mm)
+    plan = []
+    for number in range(config.sampling.num_samples):
+        turn = _turn(config, number)
+        if prompts:
+            condition = Condition(text=prompts[number % len(prompts)])
+        elif _is_nodule_free(turn.series, config.sampling.nodule_free):
+            condition = Condition(text=NO_NODULE)
+        else:
+            record, scores = turn.draw_nodule(strata.of(turn.series), turn.rng)
+            condition = _described(record, scores, config.slices, turn.rng)
+        plan.append(PlannedSample(turn.sample_id, turn.seed, condition, NO_SOURCE))
+    return plan
+
+
+def _described(
+    record: LidcRecord, scores: Scores, samples: SliceSamples, rng: np.random.Generator
+) -> Condition:
+    """The prompt of a nodule as one of its readers saw it; in crops around nodules its box, too."""
+    middle = (SLICE_PIXELS - 1) / 2
+    place = PLACES[Label.LEFT_LUNG if record.centre_zyx[2] > middle else Label.RIGHT_LUNG]
+    box = None
+    if samples.centre == "nodule":
+        share = _section(rng) if samples.nodule_slices == "all" else 1.0
+        side = max(2, round(record.diameter_mm * share / samples.pixel_mm))
+        box = _square_around(((samples.size - 1) / 2,) * 2, side, samples.size)
+    attributes = tuple(int(scores[column]) for column in CONDITION_COLUMNS)
+    text = write_prompt(scores, record.diameter_mm, place)
+    return Condition(box=box, attributes=attributes, text=text)
 
 
 def _is_nodule_free(number: int, share: float) -> bool:
@@ -114,26 +207,22 @@ def without_nodules(layout: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.where(nodule, layout[tuple(nearest)], layout)
 
 
-def joint_prior(config: ExperimentConfig, anatomies: list[NDArray[np.uint8]]) -> Prior:
+def joint_prior(
+    config: ExperimentConfig, anatomies: list[NDArray[np.uint8]], draw_nodule: DrawNodule
+) -> Prior:
     """Ours: a whole nodule of the database, one reader's scores, at a like place in a lung.
 
     Args:
-        config: for the size of pixels, the smallest nodule, and whether samples show nodules in
-            their largest plane or in any.
+        config: for the size of pixels, and whether samples show nodules in their largest plane or
+            in any.
         anatomies: layouts to lend; a nodule is drawn into them, wholly inside the lung.
+        draw_nodule: which.
     """
     pixel_mm = config.slices.pixel_mm
-    smallest_mm = config.slices.min_nodule_mm
-    records = [record for record in nodule_records() if record.diameter_mm >= smallest_mm]
-    if not records:
-        raise InputError(
-            f"no LIDC nodule measures {smallest_mm:g} mm: lower data.samples.min_nodule_mm"
-        )
     all_planes = config.slices.nodule_slices == "all"
 
     def draw(rng: np.random.Generator) -> Drawn | None:
-        record = records[rng.integers(len(records))]
-        reader = record.ratings[rng.integers(len(record.ratings))]
+        record, scores = draw_nodule(rng)
         source = int(rng.integers(len(anatomies)))
         diameter_mm = record.diameter_mm * (_section(rng) if all_planes else 1.0)
         radius = diameter_mm / 2 / pixel_mm
@@ -142,7 +231,7 @@ def joint_prior(config: ExperimentConfig, anatomies: list[NDArray[np.uint8]]) ->
             return None
         centre = _place_near(record, admissible, pixel_mm, rng)
         layout = place_nodule(anatomies[source], centre, radius)
-        attributes = tuple(int(reader[column]) for column in CONDITION_COLUMNS)
+        attributes = tuple(int(scores[column]) for column in CONDITION_COLUMNS)
         box = _square_around(centre, max(2, round(2 * radius)), layout.shape[0])
         return source, Condition(layout, box, attributes), diameter_mm
 
@@ -247,7 +336,7 @@ def _place_near(
     return int(y), int(x)
 
 
-def _square_around(centre: tuple[int, int], side: int, size: int) -> Box:
+def _square_around(centre: tuple[float, float], side: int, size: int) -> Box:
     """A square box of `side` pixels around a centre, moved (not cut) to stay inside the image."""
     side = min(side, size)
     y0, x0 = (min(max(0, round(c - (side - 1) / 2)), size - side) for c in centre)

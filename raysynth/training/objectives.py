@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from raysynth.case import CONDITION_COLUMNS
 from raysynth.config.base import Section
-from raysynth.config.model import Diffusion, GanConfig, HoleFilling, InpaintingConfig
+from raysynth.config.model import (
+    Diffusion,
+    GanConfig,
+    HoleFilling,
+    InpaintingConfig,
+    TextDiffusionConfig,
+)
 from raysynth.diffusion.losses import diffusion_loss
 from raysynth.diffusion.schedule import NoiseSchedule, build_schedule, predicted_x_0, q_sample
 from raysynth.layout.holes import draw_hole, labels_of
@@ -25,6 +31,7 @@ from raysynth.models.conditioner import ConditionBatch
 from raysynth.models.denoiser import Denoiser
 from raysynth.models.gan import Adversaries
 from raysynth.models.space import PixelSpace, Space
+from raysynth.prompt import NO_NODULE, place_of, write_prompt
 from raysynth.seeding import seed_of
 from raysynth.window import normalize
 
@@ -139,21 +146,22 @@ class DiffusionObjective:
         Args:
             denoiser: what is trained.
             space: where it works; an autoencoder stays as it is.
-            config: schedule, prediction type and share of dropped conditions.
+            config: schedule, prediction type, loss and share of dropped conditions.
             seed: the recipe's.
         """
         self.module = denoiser
         self.space = space
-        self.columns = (space.column, "layout", "box", "ratings")
+        told = ("diameter_mm",) if isinstance(config, TextDiffusionConfig) else ()
+        self.columns = (space.column, "layout", "box", "ratings", *told)
         self.config, self.seed = config, seed
         self.schedule = build_schedule(config.schedule, config.num_train_timesteps)
 
     def loss(self, module: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        """Mean squared error of the prediction, at a random timestep of each sample."""
+        """Mean error of the prediction, at a random timestep of each sample."""
         x_0 = self._x_0(batch, device)
         draws = draw(self.seed, batch["position"], 3, tuple(x_0.shape[1:]))
         reader, dropped, time = draws.uniform.unbind(1)
-        condition = with_holes(condition_of(batch, reader.numpy()), batch, self.config, self.seed)
+        condition = self._condition(batch, reader.numpy())
         condition = condition.drop(dropped < self.config.condition_drop)
         timestep = (time * self.config.num_train_timesteps).long().to(device)
         noise = draws.noise.to(device)
@@ -163,7 +171,15 @@ class DiffusionObjective:
         )
         weight = self._weight(condition.to(device))
         losses = diffusion_loss(
-            schedule, self.config.prediction_type, prediction, x_0, noise, timestep, weight
+            schedule,
+            self.config.prediction_type,
+            prediction,
+            x_0,
+            noise,
+            timestep,
+            weight,
+            loss=self.config.loss,
+            snr_gamma=self.config.snr_gamma,
         )
         return {"loss": losses.mean()}
 
@@ -173,8 +189,8 @@ class DiffusionObjective:
         positions = batch["position"][:NUM_PREVIEWED]
         noise = draw(self.seed, positions, 0, tuple(x_0.shape[1:])).noise.to(device)
         timestep = torch.full((len(x_0),), self.config.num_train_timesteps // 2, device=device)
-        condition = condition_of(batch, np.zeros(len(batch["position"]), np.float32))
-        condition = with_holes(condition, batch, self.config, self.seed).to(device)
+        first_reader = np.zeros(len(batch["position"]), np.float32)
+        condition = self._condition(batch, first_reader).to(device)
         schedule = self._schedule(device)
         x_t = q_sample(schedule, x_0, noise, timestep)
         prediction = module(x_t, timestep, condition.select(slice(len(x_0))))
@@ -185,6 +201,13 @@ class DiffusionObjective:
         """What is denoised, (B, c, h, w)."""
         return self.space.x_0(torch.from_numpy(batch[self.space.column]).to(device))
 
+    def _condition(self, batch: Batch, reader: NDArray[np.float32]) -> ConditionBatch:
+        """What the network is told of a batch."""
+        condition = condition_of(batch, reader)
+        if isinstance(self.config, TextDiffusionConfig):
+            return replace(condition, text=prompts_of(batch, reader, self.seed))
+        return with_holes(condition, batch, self.config, self.seed)
+
     def _weight(self, condition: ConditionBatch) -> Tensor | None:
         """Of every pixel in the loss, (B, 1, *spatial): holes count more than what is known."""
         if not isinstance(self.config, InpaintingConfig) or condition.known_mask is None:
@@ -194,10 +217,8 @@ class DiffusionObjective:
 
     def _schedule(self, device: torch.device) -> NoiseSchedule:
         """The schedule where the batch is: copied once, not at every step."""
-        if self.schedule.betas.device != device:
-            self.schedule = NoiseSchedule(
-                self.schedule.betas.to(device), self.schedule.alphas_cumprod.to(device)
-            )
+        if self.schedule.alphas.device != device:
+            self.schedule = self.schedule.to(device)
         return self.schedule
 
 
@@ -270,17 +291,42 @@ def condition_of(batch: Batch, reader: NDArray[np.float32]) -> ConditionBatch:
         batch: `layout` (B, *spatial), `box` (B, 4) and `ratings` (B, 4, 9).
         reader: a number in [0, 1) a sample; it picks among the readers who are there.
     """
+    return ConditionBatch(
+        torch.from_numpy(batch["layout"]),
+        torch.from_numpy(batch["box"]).long(),
+        torch.from_numpy(_scores(batch, reader)[:, CONDITION_COLUMNS]).long(),
+    )
+
+
+def prompts_of(batch: Batch, reader: NDArray[np.float32], seed: int) -> tuple[str, ...]:
+    """A prompt for each training sample, in the words of one of its readers.
+
+    Args:
+        batch: `layout`, `box`, `ratings`, `diameter_mm` and `position`, which draws the words.
+        reader: as for `condition_of`.
+        seed: the recipe's.
+    """
+    prompts = []
+    for row, scores in enumerate(_scores(batch, reader).tolist()):
+        box = batch["box"][row].tolist()
+        if box[0] < 0:
+            prompts.append(NO_NODULE)
+            continue
+        place = place_of(batch["layout"][row], box)
+        rng = np.random.default_rng(seed_of("prompt", seed, int(batch["position"][row])))
+        prompts.append(write_prompt(scores, float(batch["diameter_mm"][row]), place, rng=rng))
+    return tuple(prompts)
+
+
+def _scores(batch: Batch, reader: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """All nine scores of one reader of each sample, (B, 9)."""
     ratings = batch["ratings"]
     present = ratings.any(axis=2)  # (B, readers)
     nth = (reader * present.sum(axis=1)).astype(np.int64)
     chosen = present & (present.cumsum(axis=1) == nth[:, None] + 1)
     # A sample without readers picks a row of zeros: no scores.
-    scores = ratings[np.arange(len(ratings)), chosen.argmax(axis=1)][:, CONDITION_COLUMNS]
-    return ConditionBatch(
-        torch.from_numpy(batch["layout"]),
-        torch.from_numpy(batch["box"]).long(),
-        torch.from_numpy(scores).long(),
-    )
+    scores: NDArray[np.uint8] = ratings[np.arange(len(ratings)), chosen.argmax(axis=1)]
+    return scores
 
 
 def _grid(rows: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysynth.config import Diffusion, ExperimentConfig, Gan, LatentDiffusionConfig
+from raysynth.config import Diffusion, ExperimentConfig, Gan, OfLatents
 from raysynth.data.encode import latents_path
 from raysynth.data.stream import SampleStream
 from raysynth.errors import InputError
@@ -126,7 +126,7 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
                 f"says {wanted}: give the recipe's own set another data.samples.name and run shard"
             )
     latents, digest = None, None
-    if isinstance(config.model, LatentDiffusionConfig):
+    if isinstance(config.model, OfLatents):
         cells = read_facts(config.autoencoder_path).latent_shape[1]
         if cells % config.model.downsampling:
             raise InputError(
@@ -234,7 +234,7 @@ def build_objective(
                 autoencoder.spread_codes(torch.from_numpy(normalize(hu, model.window_hu)[:, None]))
             return AutoencoderObjective(autoencoder, model.window_hu, shape, config.seed)
         space: Space
-        if isinstance(model, LatentDiffusionConfig):
+        if isinstance(model, OfLatents):
             assert latents is not None
             channels, size, _ = latents.shape
             denoiser = build_denoiser(model, channels, size)

@@ -11,6 +11,8 @@ from raysynth.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
 MINIMAL = "model: {family: autoencoder_kl}"
+DENOISING = "model: {family: semantic_diffusion}"
+FLOW = ["model.schedule=rectified_flow", "model.prediction_type=flow"]
 
 BAD = {
     "unknown key": ("model: {family: vqvae, chanels: 3}", [], "unknown key model.chanels; valid"),
@@ -35,6 +37,32 @@ BAD = {
     "no patients left": (MINIMAL, ["data.split={val: 0.5, test: 0.5}"], "nothing is left to train"),
     "override without value": (MINIMAL, ["seed"], "write it as section.key=value"),
     "override below a value": (MINIMAL, ["seed=1", "seed.x=2"], "seed is a value, not a section"),
+    "a flow on another schedule": (
+        DENOISING,
+        ["model.prediction_type=flow"],
+        "prediction_type flow with schedule linear: a flow needs rectified_flow; use that",
+    ),
+    "no flow on its schedule": (
+        DENOISING,
+        ["model.schedule=rectified_flow"],
+        "prediction_type epsilon with schedule rectified_flow: .*; use flow or sample",
+    ),
+    "velocity on the schedule of flows": (
+        DENOISING,
+        ["model.schedule=rectified_flow", "model.prediction_type=v_prediction"],
+        "prediction_type v_prediction with schedule rectified_flow: .*; use flow or sample",
+    ),
+    "ancestors of a flow": (
+        DENOISING,
+        [*FLOW, "sampling.sampler=ddpm"],
+        "sampler ddpm with model.schedule rectified_flow: .*; use ddim, dpm_solver.. or unipc",
+    ),
+    "min-SNR of absolute errors": (
+        DENOISING,
+        ["model.loss=l1", "model.snr_gamma=5"],
+        "snr_gamma 5.0 with loss l1: it weighs squared errors; use loss l2",
+    ),
+    "no signal at all": (DENOISING, ["model.snr_gamma=0"], "snr_gamma is 0"),
     "a list": ("- 1", [], "expected `key: value` sections, found list"),
     "no YAML": ("a: [", [], "no valid YAML"),
 }
@@ -58,6 +86,14 @@ def test_overrides_win_over_the_recipe_and_defaults_fill_the_rest() -> None:
     assert config.bundle_path == Path("runs/x/bundles/x")
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver++", "unipc"])
+@pytest.mark.parametrize("prediction_type", ["flow", "sample"])
+def test_flows_are_drawn_by_every_deterministic_sampler(prediction_type: str, sampler: str) -> None:
+    asked = [*FLOW, f"model.prediction_type={prediction_type}", f"sampling.sampler={sampler}"]
+    config = parse_recipe(DENOISING, name="x", overrides=asked)
+    assert config.sampling.sampler == sampler
+
+
 def test_a_missing_file_names_itself() -> None:
     with pytest.raises(InputError, match=r"recipe nope\.yaml: No such file"):
         load_recipe("nope.yaml")
@@ -79,5 +115,5 @@ def test_every_published_recipe_has_a_tiny_sibling_of_the_same_structure(path: P
     config = load_recipe(path)
     tiny = load_recipe(path.with_name(f"{path.stem}_tiny.yaml"))
     assert tiny.model.family == config.model.family
-    for choice in ("conditioning", "context", "prediction_type", "schedule"):
+    for choice in ("conditioning", "context", "prediction_type", "schedule", "loss", "snr_gamma"):
         assert getattr(tiny.model, choice, None) == getattr(config.model, choice, None)

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from raysynth.evaluation.adherence import attribute_coverage, found_shares, size_agreement
+from raysynth.config.sampling import Cohort
+from raysynth.evaluation.adherence import (
+    CohortShare,
+    attribute_coverage,
+    cohort_shares,
+    found_shares,
+    size_agreement,
+)
+from raysynth.evaluation.measure import ADHERENCE_COLUMNS
 
 
 def _table() -> np.ndarray:
@@ -29,6 +37,7 @@ def test_sizes_agree_where_nodules_were_found() -> None:
     assert sizes.n == 8
     assert sizes.median_error_mm == pytest.approx(1)
     assert sizes.spearman == pytest.approx(1)
+    assert sizes.spearman_interval is not None
     assert len(sizes.measured_mm) == 8
 
 
@@ -46,3 +55,16 @@ def test_coverage_compares_with_all_readers_of_lidc() -> None:
     # Methods, section 0: 73.2 % of the 6,859 annotations are solid.
     assert coverage["texture"].reference[4] == pytest.approx(0.732, abs=0.005)
     assert coverage["texture"].distance == pytest.approx(1 - 0.732, abs=0.005)
+
+
+def test_a_cohort_is_compared_with_what_was_drawn_and_found() -> None:
+    cohort = Cohort.model_validate({"texture": {"non_solid": 0.5}, "diameter_mm": {"15_up": 0.1}})
+    found, requested_mm = np.array([1, 1, 0, 0]), np.array([4.0, 20.0, 7.0, 9.0])
+    adherence = np.zeros((4, len(ADHERENCE_COLUMNS)), np.float32)
+    adherence[:, ADHERENCE_COLUMNS.index("found")] = found
+    adherence[:, ADHERENCE_COLUMNS.index("requested_mm")] = requested_mm
+    shares = cohort_shares(cohort, np.array([1, 5, 1, 3], np.uint8), adherence)
+    assert shares["texture"]["non_solid"] == CohortShare(0.5, 0.5, 0.5)
+    assert shares["texture"]["part_solid"] == CohortShare(None, 0.25, 0.0)
+    assert shares["diameter_mm"]["15_up"] == CohortShare(0.1, 0.25, 0.5)
+    assert cohort_shares(Cohort(), np.array([1, 5, 1, 3], np.uint8), adherence) == {}

@@ -103,6 +103,7 @@ def _write_synthetic(root: zarr.Group, name: str, hu: np.ndarray, asked: dict[st
             "source_case": asked["case"],
             "source_sample": asked["rows"],
             "attributes": asked["attributes"],
+            "draws": np.ones(len(hu)),
         },
     )
     write_rows(group, 0, {"hu": hu, "layout": asked["layout"]})
@@ -214,3 +215,13 @@ def test_what_cannot_be_judged_is_said(config: ExperimentConfig) -> None:
     evaluation = config.evaluation.model_copy(update={"extractors": ("inception2048",)})
     with pytest.raises(InputError, match="weights-inception-2015"):
         evaluate(config.model_copy(update={"evaluation": evaluation}))
+
+
+def test_requests_are_read_off_the_slices_that_follow_them(summary: EvaluationSummary) -> None:
+    seen = summary.consistency
+    assert set(seen) == {"real", "synthetic", "shuffled", "untrained"}
+    # Pixels of 7.5 mm hide most of what readers saw.
+    visible = [name for name, one in seen["synthetic"].items() if one.interval[0] > 0]
+    assert visible
+    assert all(seen["shuffled"][name].kappa < seen["synthetic"][name].kappa for name in visible)
+    assert summary.reader_kappa["texture"] == pytest.approx(0.59, abs=0.01)

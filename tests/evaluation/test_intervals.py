@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal, spearmanr
 
-from raysynth.evaluation.intervals import Arm, patient_splits, subsample_interval, wilson
+from raysynth.evaluation.intervals import (
+    Arm,
+    correlation,
+    patient_splits,
+    subsample_interval,
+    wilson,
+)
 
 
 def _arm(values: np.ndarray, samples_per_patient: int = 1) -> Arm:
@@ -69,3 +76,14 @@ def test_wilson_interval_matches_published_values() -> None:
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("pearson", [0.0, 0.6])
+def test_the_interval_of_a_correlation_covers_it(pearson: float) -> None:
+    truth = 6 / np.pi * np.arcsin(pearson / 2)  # of ranks, of normal variables (Pearson 1907)
+    pairs = multivariate_normal.rvs(
+        cov=np.array([[1, pearson], [pearson, 1]]), size=(400, 50), random_state=3
+    )
+    intervals = [correlation(float(spearmanr(drawn).statistic), 50) for drawn in pairs]
+    assert 0.92 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.98
+    assert correlation(0.9, 3) == (-1.0, 1.0)

@@ -20,6 +20,7 @@ def found(metrics: dict[str, Any], share: float | None = 0.75) -> dict[str, Any]
     return {
         "adherence": {"synthetic": {"found": share}},
         "sizes": {"synthetic": SIZES},
+        "consistency": {},
         "metrics": metrics,
     }
 

@@ -658,7 +658,7 @@ def test_a_run_unpacks_to_no_more_than_the_slice_needs(tmp_path: Path) -> None:
     assert (volume.hu == -1024).all()
 
 
-@pytest.mark.parametrize("count", [MANY, pytest.param(4_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [MANY, pytest.param(2_000, marks=pytest.mark.slow)])
 def test_mutants_are_read_or_refused(tmp_path: Path, count: int) -> None:
     with bounds(max_cpu_s=count, max_bytes=128 << 20):
         outcomes, slowest_s = run_mutants(tmp_path, count, seed=count)

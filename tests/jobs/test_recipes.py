@@ -113,6 +113,35 @@ def test_a_system_runs_to_its_report(work_dir: Path, name: str) -> None:
         _judge(name, work_dir)
 
 
+def test_recipes_are_compared(work_dir: Path) -> None:
+    names = ("luna16_semantic_tiny", "luna16_spade_gan_tiny")
+    recipes = [str(RECIPES / f"{name}.yaml") for name in names]
+    assert main(["compare", *recipes, "--set", f"work_dir={work_dir}"]) == 0
+    compared = json.loads((work_dir / "evaluation" / "compare.json").read_text())
+    assert [one["name"] for one in compared["contenders"]] == list(names)
+    for one in compared["contenders"]:
+        assert one["parameters"] > 1000
+        assert 0 < one["seconds_per_image"] < 10
+        assert one["memory_mib"] > 100
+    page = (work_dir / "evaluation" / "compare.html").read_text()
+    assert all(page.count(name) >= 2 for name in names)
+
+
+def test_prompts_are_drawn(work_dir: Path) -> None:
+    name = "lidc_text_ldm_tiny"
+    run("shard", "lidc_text_kl_tiny", work_dir)
+    run("train", "lidc_text_kl_tiny", work_dir)
+    for verb in ("encode", "train", "synthesize"):
+        run(verb, name, work_dir)
+    drawn = SampleSet(open_group(open_root(str(work_dir / "store")), f"synthetic/{name}"))
+    prompts = [row.tobytes().rstrip(b"\0").decode() for row in drawn.index["prompt"]]
+    assert all(prompt.startswith("axial chest CT, ") for prompt in prompts)
+    assert len(set(prompts)) == drawn.count == 8
+    assert (drawn.index["source_case"] == -1).all()
+    assert validate(work_dir / "store", full=True) == []
+    _judge(name, work_dir)
+
+
 @pytest.fixture(scope="module")
 def abdomen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store of slices of the abdomen."""

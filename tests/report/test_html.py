@@ -43,6 +43,7 @@ def _data() -> ReportData:
         attribute_names=["texture"],
         requested_scores=np.full((1, 5), 0.2),
         reference_scores=np.full((1, 5), 0.2),
+        consistency=[["score", "synthetic"], ["texture", "0.41 [0.3, 0.5]"]],
         losses={"model": (seen, np.exp(-seen))},
         seconds={"train": 1.5},
         recipe="name: run",
@@ -63,6 +64,7 @@ def test_the_page_needs_nothing_from_outside_and_shows_everything(tmp_path: Path
         "step 1",
         "fid/slice/all/x@1/8",
         "2 [1.5, 2.5]",
+        "0.41 [0.3, 0.5]",
         "0.125 (no interval)",
         "made from nothing",
     ):

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from raysynth.case import Label
-from raysynth.sampling.adherence import find_nodule, requested_diameter_mm, stray_box
+from raysynth.sampling.adherence import (
+    count_unrequested,
+    find_nodule,
+    requested_diameter_mm,
+    stray_box,
+)
 
 PIXEL_MM = 1.5
 CENTRE = np.array([40.0, 30.0])
@@ -84,3 +89,38 @@ def test_stray_boxes_lie_in_the_lung_and_clear_of_the_own_one() -> None:
     rng = np.random.default_rng(0)
     assert {stray_box(lung, own, others, rng) for _ in range(20)} == {(40, 25, 45, 30)}
     assert stray_box(lung, own, others[:2], rng) is None
+
+
+def test_a_nodule_in_soft_tissue_is_in_no_lung() -> None:
+    """The layout says lung, but what was drawn around the nodule is muscle."""
+    hu = _slice(6, nodule_hu=400)
+    hu = np.where(hu < -500, np.int16(30), hu)
+    assert not find_nodule(hu, LUNG, _box(6), PIXEL_MM).found
+
+
+def test_what_was_found_is_outlined() -> None:
+    measured = find_nodule(_slice(8), LUNG, _box(8), PIXEL_MM)
+    assert measured.mask is not None
+    fine = (np.indices((256, 256)) + 0.5) / 4
+    disc = np.hypot(*(fine - CENTRE[:, None, None])) < 4
+    wanted = disc.reshape(64, 4, 64, 4).mean((1, 3)) > 0.5
+    both = np.count_nonzero(measured.mask & wanted)
+    assert 2 * both / (measured.mask.sum() + wanted.sum()) > 0.95
+
+
+def test_only_compact_things_inside_the_lung_are_unrequested() -> None:
+    layout = np.full((64, 64), Label.LEFT_LUNG, np.uint8)
+    layout[:, :4] = Label.BODY
+    box = _box(8)
+    hu = _slice(8)
+    hu[:, :4] = 40
+    assert count_unrequested(hu, layout, box, PIXEL_MM) == 0  # its own nodule
+    assert count_unrequested(hu, layout, None, PIXEL_MM) == 1
+    hu[10:15, 45:50] = 0  # another nodule
+    hu[50:52, 10:50] = 0  # a vessel along the slice
+    hu[58, 58] = 0  # a vessel across it, too small
+    hu[20:26, 4:10] = 0  # grows from the wall
+    assert count_unrequested(hu, layout, box, PIXEL_MM) == 1
+    layout[8:17, 43:52] = Label.NODULE  # now it is annotated
+    assert count_unrequested(hu, layout, box, PIXEL_MM) == 0
+    assert count_unrequested(hu, np.zeros_like(layout), box, PIXEL_MM) == 0

@@ -76,6 +76,9 @@ def test_every_sample_carries_its_request(drawn: ExperimentConfig) -> None:
     assert np.count_nonzero(~shows_nodule) == 7
     assert run.index["accepted"][~shows_nodule].all()
     assert not run.index["found"][~shows_nodule].any()
+    assert (run.index["draws"] == 1).all()
+    outlined = (run.read("measured") == Label.NODULE).any(axis=(1, 2))
+    assert np.array_equal(outlined, run.index["found"] == 1)
     assert run.attrs["passport"]["synthetic"] is True
     assert validate(drawn.store_url, full=True) == []
 
@@ -95,6 +98,21 @@ def test_a_sample_drawn_alone_has_the_same_bits(drawn: ExperimentConfig) -> None
     sampler = SliceSampler(drawn.bundle_path, drawn.sampling, drawn.seed)
     alone = sampler.draw([plan[66], plan[3]])
     assert np.array_equal(alone, _set(drawn, "synthetic/tiny").read("hu")[[66, 3]])
+
+
+def test_what_is_not_found_is_drawn_again_from_another_seed(drawn: ExperimentConfig) -> None:
+    """Random weights draw no nodule: each sample that shall have one uses up its draws."""
+    sampling = drawn.sampling.model_copy(update={"max_draws": 3})
+    plan = plan_samples(drawn, _set(drawn, "samples/slices"))
+    free = next(one for one in plan if one.condition.box is None)
+    planned = [plan[0], free, plan[1]]
+    sampler = SliceSampler(drawn.bundle_path, sampling, drawn.seed)
+    hu, measured, draws = sampler.draw_until_found(planned)
+    assert not any(one.found for one in measured)
+    assert draws.tolist() == [3, 1, 3]
+    last = [plan[0].redrawn(3), free, plan[1].redrawn(3)]
+    assert np.array_equal(hu, sampler.draw(last))
+    assert len({plan[0].seed, plan[0].redrawn(2).seed, plan[0].redrawn(3).seed}) == 3
 
 
 def test_the_same_command_again_draws_nothing(drawn: ExperimentConfig) -> None:

@@ -1,9 +1,15 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 
 from raysynth.case import Label
 from raysynth.condition import Condition
@@ -15,7 +21,7 @@ from raysynth.models.denoiser import build_denoiser
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 
 LATENT_SHAPE, SAMPLE_SIZE = (3, 8, 8), 32
-SAMPLERS = ("ddpm", "ddim", "dpm_solver++")
+SAMPLERS = ("ddpm", "ddim", "dpm_solver++", "unipc")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +45,17 @@ def denoiser():
     return network.eval()
 
 
-def engine(denoiser, max_slots, guided=False, prediction_type="epsilon", compiled=False):
+def engine(
+    denoiser,
+    max_slots,
+    guided=False,
+    prediction_type="epsilon",
+    compiled=False,
+    schedule="scaled_linear",
+):
     return SamplingEngine(
         denoiser,
-        build_schedule("scaled_linear"),
+        build_schedule(schedule),
         prediction_type,
         LATENT_SHAPE,
         SAMPLE_SIZE,
@@ -143,8 +156,10 @@ def diffusers_scheduler(sampler, prediction_type):
             return DDPMScheduler(**options, clip_sample=False)
         case "ddim":
             return DDIMScheduler(**options, clip_sample=False)
-        case _:
+        case "dpm_solver++":
             return DPMSolverMultistepScheduler(**options)
+        case _:
+            return UniPCMultistepScheduler(**options)
 
 
 @torch.no_grad()
@@ -172,6 +187,29 @@ def test_equals_the_pipeline_loop_of_diffusers(denoiser, sampler, prediction_typ
     expected = diffusers_sample(denoiser, asked, prediction_type)
     scale = max(1.0, expected.abs().max().item())
     assert (finished.x_0 - expected).abs().max() <= 1e-5 * scale
+
+
+def test_flows_share_the_engine_and_keep_their_bits(denoiser):
+    """All deterministic samplers, mixed, and Euler's method written out."""
+    flows = [
+        replace(request(number), sampler=sampler, num_inference_steps=steps)
+        for number, (sampler, steps) in enumerate(
+            (sampler, steps) for sampler in SAMPLERS[1:] for steps in (1, 4, 9)
+        )
+    ]
+    running = engine(denoiser, 4, prediction_type="flow", schedule="rectified_flow")
+    expected = {one.sample_id: next(running.run([one])).x_0 for one in flows}
+    for sample_id, x_0, _ in running.run(reversed(flows)):
+        assert x_0.isfinite().all()
+        assert torch.equal(x_0, expected[sample_id])
+
+    euler = next(one for one in flows if (one.sampler, one.num_inference_steps) == ("ddim", 4))
+    x_t = torch.randn((1, *LATENT_SHAPE), generator=torch.Generator().manual_seed(euler.seed))
+    with torch.no_grad():
+        encoded = denoiser.encode(collate([euler.condition], SAMPLE_SIZE))
+        for timestep in (999, 749, 499, 249):
+            x_t = x_t - 0.25 * denoiser.predict(x_t, torch.tensor([timestep]), encoded)
+    torch.testing.assert_close(expected[euler.sample_id], x_t[0], rtol=0, atol=1e-4)
 
 
 def test_condition_guidance_and_seed_matter(denoiser):
@@ -219,12 +257,13 @@ def test_requests_that_do_not_fit_are_refused_and_leave_no_trace(denoiser, chang
 
 def test_a_diverged_sample_does_not_infect_the_next_in_its_slot(denoiser):
     one = engine(denoiser, 1)
-    expected = next(one.run([request(3)])).x_0
-    one.admit(request(4))
+    asked = replace(request(3), sampler="unipc", num_inference_steps=5)
+    expected = next(one.run([asked])).x_0
+    one.admit(replace(request(4), num_inference_steps=5))
     with torch.inference_mode():
         one._x_t.fill_(float("nan"))
     while one.num_busy:
         one.step()
     one.step()
     assert one.retire()[0].x_0.isnan().all()
-    assert torch.equal(next(one.run([request(3)])).x_0, expected)
+    assert torch.equal(next(one.run([asked])).x_0, expected)

@@ -8,7 +8,8 @@ import torch
 
 from raysynth.condition import Condition
 from raysynth.config import InpaintingConfig
-from raysynth.diffusion.samplers import SamplerName
+from raysynth.config.model import PredictionType, ScheduleName
+from raysynth.config.sampling import SamplerName
 from raysynth.diffusion.schedule import build_schedule
 from raysynth.errors import InputError
 from raysynth.models.conditioner import collate
@@ -17,7 +18,7 @@ from raysynth.sampling.engine import SampleRequest, SamplingEngine
 from raysynth.window import normalize
 
 SIZE, WINDOW = 16, (-1000.0, 400.0)
-SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpm_solver++")
+SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpm_solver++", "unipc")
 HU = np.random.default_rng(0).integers(-1000, 400, (SIZE, SIZE)).astype(np.int16)
 X = normalize(torch.from_numpy(HU), WINDOW)[None]
 
@@ -40,9 +41,14 @@ def denoiser() -> Denoiser:
     return network.eval()
 
 
-def engine(denoiser: Denoiser, guided: bool = False) -> SamplingEngine:
-    schedule = build_schedule("cosine")
-    return SamplingEngine(denoiser, schedule, "epsilon", (1, SIZE, SIZE), SIZE, 3, guided=guided)
+def engine(
+    denoiser: Denoiser,
+    guided: bool = False,
+    schedule_name: ScheduleName = "cosine",
+    prediction_type: PredictionType = "epsilon",
+) -> SamplingEngine:
+    schedule, shape = build_schedule(schedule_name), (1, SIZE, SIZE)
+    return SamplingEngine(denoiser, schedule, prediction_type, shape, SIZE, 3, guided=guided)
 
 
 def request(sampler: SamplerName, hole: np.ndarray, guidance_scale: float = 1.0) -> SampleRequest:
@@ -77,15 +83,23 @@ def test_without_a_hole_nothing_changes_and_without_an_image_all_is_drawn(
     assert torch.equal(one.x_0, other.x_0)
 
 
-def test_what_is_kept_has_the_noise_of_its_step(denoiser: Denoiser) -> None:
-    running = engine(denoiser)
-    asked, schedule = request("ddim", square()), build_schedule("cosine")
+@pytest.mark.parametrize("sampler", SAMPLERS[1:])
+@pytest.mark.parametrize(
+    ("schedule_name", "prediction_type"), [("cosine", "epsilon"), ("rectified_flow", "flow")]
+)
+def test_what_is_kept_has_the_noise_of_its_step(
+    denoiser: Denoiser,
+    sampler: SamplerName,
+    schedule_name: ScheduleName,
+    prediction_type: PredictionType,
+) -> None:
+    running = engine(denoiser, False, schedule_name, prediction_type)
+    asked, schedule = request(sampler, square()), build_schedule(schedule_name)
     running.admit(asked)
     noise = torch.empty(1, SIZE, SIZE).normal_(generator=torch.Generator().manual_seed(7))
     for timestep in (832, 666, 499, 332, 166):  # six steps, trailing
         running.step()
-        alpha_bar = schedule.alphas_cumprod[timestep]
-        expected = (alpha_bar.sqrt() * X + (1 - alpha_bar).sqrt() * noise).float()
+        expected = (schedule.alphas[timestep] * X + schedule.sigmas[timestep] * noise).float()
         there = ~square()
         torch.testing.assert_close(
             running._x_t[0][:, there], expected[:, there], rtol=1e-4, atol=1e-4

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +13,30 @@ from scipy.stats import spearmanr
 
 from raysynth.case import CONDITION_ATTRIBUTES, CONDITION_COLUMNS, LUNG_LABELS, Label
 from raysynth.config import ExperimentConfig, parse_recipe
+from raysynth.errors import InputError
 from raysynth.formats.lidc import nodule_records
+from raysynth.models.text import tokenize
+from raysynth.prompt import NO_NODULE, WORDS
+from raysynth.sampling.cohort import (
+    DIAMETERS,
+    TEXTURES,
+    diameter_class,
+    plan_strata,
+    texture_class,
+)
 from raysynth.sampling.planner import (
+    NO_SOURCE,
     PlannedSample,
     independent_prior,
     joint_prior,
+    plan_samples,
     shuffle_conditions,
     without_nodules,
 )
 
 SIZE = 64
+NO_SAMPLES: Any = None
+"""Who plans prompts looks at no real sample."""
 
 
 def _anatomy() -> np.ndarray:
@@ -49,7 +65,7 @@ def _draws(prior: Callable, count: int) -> list:
 
 @pytest.fixture(scope="module")
 def joint_draws(config: ExperimentConfig) -> list:
-    return _draws(joint_prior(config, [_anatomy()]), 10_000)
+    return _draws(joint_prior(config, [_anatomy()], plan_strata(None, 0.0).of(0).draw), 10_000)
 
 
 def test_the_joint_prior_keeps_every_nodule_inside_the_lung(
@@ -102,7 +118,7 @@ def test_the_independent_prior_follows_the_training_boxes_and_nothing_else() -> 
 
 
 def test_shuffling_leaves_nobody_with_its_own_request(config: ExperimentConfig) -> None:
-    prior = joint_prior(config, [_anatomy()])
+    prior = joint_prior(config, [_anatomy()], plan_strata(None, 0.0).of(0).draw)
     plan = [
         PlannedSample(f"s{number}", number, condition, source)
         for number, (source, condition, _) in enumerate(_draws(prior, 9))
@@ -118,3 +134,127 @@ def test_a_lent_layout_keeps_no_nodule() -> None:
     layout = _anatomy()
     layout[30:34, 18:22] = Label.NODULE
     assert np.array_equal(without_nodules(layout), _anatomy())
+
+
+def _text_recipe(*overrides: str) -> ExperimentConfig:
+    samples = "{size: 32, field_of_view_mm: 64, centre: nodule, nodule_slices: centre, "
+    model = "{family: text_diffusion, autoencoder: unused, max_tokens: 40}"
+    return parse_recipe(
+        f"model: {model}\ndata: {{samples: {samples} nodule_free_every: 0, min_nodule_mm: 6}}}}",
+        name="words",
+        overrides=overrides,
+    )
+
+
+def test_a_prompt_says_what_the_box_and_the_scores_say() -> None:
+    plan = plan_samples(_text_recipe("sampling.num_samples=300"), NO_SAMPLES)
+    assert len({planned.seed for planned in plan}) == 300
+    sides = {"left lung": 0, "right lung": 0}
+    for planned in plan:
+        condition = planned.condition
+        assert planned.source_sample == NO_SOURCE
+        assert condition.layout is None
+        assert condition.text is not None
+        tokenize(condition.text, 40)
+        y0, x0, y1, x1 = condition.box
+        assert (y0 + y1, x0 + x1) in {(31, 31), (32, 32), (33, 33)}
+        (diameter,) = re.findall(r"(\d+) mm", condition.text)
+        assert abs((y1 - y0) * 2 - int(diameter)) <= 2.5  # two millimetres a pixel
+        for name, score in zip(CONDITION_ATTRIBUTES, condition.attributes, strict=True):
+            assert WORDS[name][score - 1][0] in condition.text
+        sides[condition.text.rpartition(", ")[2]] += 1
+    assert min(sides.values()) > 90  # nodules lie on both sides, more often on the right
+
+
+def test_prompts_of_the_user_are_drawn_in_turn_and_checked_first() -> None:
+    recipe = _text_recipe(
+        "sampling.num_samples=3",
+        "sampling.prompts=['axial chest CT, 9 mm solid pulmonary nodule', 'sharp margin']",
+    )
+    texts = [planned.condition.text for planned in plan_samples(recipe, NO_SAMPLES)]
+    assert texts == [*recipe.sampling.prompts, recipe.sampling.prompts[0]]
+    with pytest.raises(InputError, match="'tumor' is unknown to this model"):
+        plan_samples(_text_recipe("sampling.prompts=['solid tumor']"), NO_SAMPLES)
+    with pytest.raises(InputError, match="words and commas: this model reads 40"):
+        plan_samples(_text_recipe(f"sampling.prompts=['{'solid ' * 41}']"), NO_SAMPLES)
+
+
+def test_every_other_prompt_may_ask_for_no_nodule() -> None:
+    recipe = _text_recipe("sampling.num_samples=10", "sampling.nodule_free=0.5")
+    texts = [planned.condition.text for planned in plan_samples(recipe, NO_SAMPLES)]
+    assert texts.count(NO_NODULE) == 5
+
+
+TEXTURE = CONDITION_ATTRIBUTES.index("texture")
+
+
+def _millimetres(text: str) -> float:
+    return float(re.findall(r"(\d+) mm", text)[0])
+
+
+def test_a_cohort_gets_its_shares_and_else_stays_lidc() -> None:
+    recipe = _text_recipe(
+        "sampling.num_samples=400",
+        "sampling.cohort={texture: {non_solid: 0.3, part_solid: 0.3}, diameter_mm: {15_up: 0.5}}",
+    )
+    plan = [planned.condition for planned in plan_samples(recipe, NO_SAMPLES)]
+    textures = np.bincount([texture_class(c.attributes[TEXTURE]) for c in plan], minlength=3) / 400
+    assert dict(zip(TEXTURES, textures, strict=True)) == pytest.approx(
+        {"non_solid": 0.3, "part_solid": 0.3, "solid": 0.4}, abs=0.01
+    )
+    # Prompts give whole millimetres: a nodule of 14.6 mm is called one of 15.
+    large = np.mean([_millimetres(c.text) >= 15 for c in plan])
+    assert large == pytest.approx(0.5, abs=0.03)
+    # The other classes of size keep their proportion among themselves, whatever the texture.
+    strata = plan_strata(recipe.sampling.cohort, 6.0)
+    small = [
+        strata.shares[row]
+        for size in ("6_to_8", "8_to_15")
+        for row in [
+            [
+                number
+                for number, stratum in enumerate(strata.strata)
+                if DIAMETERS[diameter_class(stratum.records[0].diameter_mm)] == size
+            ]
+        ]
+    ]
+    natural = [
+        np.mean([low <= record.diameter_mm < high for record in nodule_records()])
+        for low, high in ((6, 8), (8, 15))
+    ]
+    assert small[0].sum() / small[1].sum() == pytest.approx(natural[0] / natural[1], rel=0.01)
+    assert strata.shares.sum() == pytest.approx(1)
+
+
+def test_the_first_samples_of_a_cohort_have_its_shares_already() -> None:
+    recipe = _text_recipe("sampling.cohort={texture: {non_solid: 0.5, solid: 0.5, part_solid: 0}}")
+    strata = plan_strata(recipe.sampling.cohort, 6.0)
+    textures = [texture_class(strata.of(number).scores[0][0][7]) for number in range(200)]
+    for count in (10, 50, 200):
+        assert np.mean(np.array(textures[:count]) == 0) == pytest.approx(0.5, abs=1.5 / count)
+    assert 1 not in textures
+
+
+def test_a_cohort_that_cannot_be_had_is_refused() -> None:
+    recipe = _text_recipe("sampling.cohort={diameter_mm: {below_6: 0.1}}")
+    with pytest.raises(InputError, match=r"diameter_mm: 0\.1 below_6, but no LIDC nodule"):
+        plan_samples(recipe, NO_SAMPLES)
+    with pytest.raises(InputError, match="sum up to 1 at most"):
+        _text_recipe("sampling.cohort={texture: {solid: 0.7, non_solid: 0.7}}")
+
+
+def test_a_counterfactual_series_changes_one_score_and_nothing_else() -> None:
+    recipe = _text_recipe("sampling.num_samples=12", "sampling.counterfactual={texture: [1, 3, 5]}")
+    plan = plan_samples(recipe, NO_SAMPLES)
+    for start in range(0, 12, 3):
+        series = plan[start : start + 3]
+        assert len({planned.seed for planned in series}) == 1
+        assert len({planned.condition.box for planned in series}) == 1
+        scores = np.array([planned.condition.attributes for planned in series])
+        assert scores[:, TEXTURE].tolist() == [1, 3, 5]
+        assert (np.delete(scores, TEXTURE, axis=1) == np.delete(scores[0], TEXTURE)).all()
+        assert len({planned.condition.text for planned in series}) == 3
+    assert len({planned.seed for planned in plan}) == 4
+    assert len({planned.sample_id for planned in plan}) == 12
+    with pytest.raises(InputError, match="give two or more scores from 1 to 5"):
+        _text_recipe("sampling.counterfactual={texture: [0, 5]}")

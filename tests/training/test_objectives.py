@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from raysynth.case import CONDITION_COLUMNS
+from raysynth.case import ATTRIBUTES, CONDITION_COLUMNS, Label
 from raysynth.config import InpaintingConfig, LatentDiffusionConfig, SemanticDiffusionConfig
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.denoiser import build_denoiser
 from raysynth.models.space import LatentSpace, PixelSpace
-from raysynth.training.objectives import DiffusionObjective, condition_of, draw, with_holes
+from raysynth.prompt import NO_NODULE, WORDS
+from raysynth.training.objectives import (
+    DiffusionObjective,
+    condition_of,
+    draw,
+    prompts_of,
+    with_holes,
+)
 from tests.training.conftest import DIFFUSION
 from tests.training.tiny import MODEL, ArrayStream, tiny_objective
 
@@ -106,6 +113,34 @@ def test_pixels_are_denoised_in_their_window() -> None:
     np.testing.assert_allclose(shown.numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("change", "ratio"),
+    [
+        # A fresh network predicts zero, so its loss is that of the target: noise, or noise - x_0.
+        ({"loss": "l1"}, (2 / np.pi) ** 0.5),
+        ({"snr_gamma": 1e9}, 1.0),
+        ({"snr_gamma": 5.0}, None),
+        ({"schedule": "rectified_flow", "prediction_type": "flow"}, 1.0),
+    ],
+)
+def test_the_configured_loss_is_minimised(change: dict[str, Any], ratio: float | None) -> None:
+    config = LatentDiffusionConfig.model_validate(DIFFUSION | change)
+    space = LatentSpace(build_autoencoder(MODEL).eval(), 0.7)
+    objective = DiffusionObjective(build_denoiser(config, 2, 8), space, config=config, seed=3)
+    batch = diffusion_batch(64)
+    if config.prediction_type == "flow":
+        batch["latents"] = np.zeros_like(batch["latents"])
+    with torch.no_grad():
+        loss = objective.loss(objective.module, batch, CPU)["loss"]
+    if ratio is None:  # the mean weight of the timesteps that are drawn
+        uniform = draw(3, batch["position"], 3, (2, 8, 8)).uniform
+        timestep = (uniform[:, 2] * config.num_train_timesteps).long()
+        snr = (objective.schedule.alphas / objective.schedule.sigmas).square()[timestep]
+        ratio = (snr.clamp(max=5) / snr).mean().item()
+        assert ratio < 0.9
+    assert loss.item() == pytest.approx(ratio, rel=0.05)
+
+
 def test_holes_follow_the_position_and_count_more() -> None:
     config = InpaintingConfig.model_validate(
         {name: value for name, value in DIFFUSION.items() if name != "autoencoder"}
@@ -149,3 +184,31 @@ def test_one_reader_who_is_there_gives_all_scores() -> None:
     only = matches.sum(axis=1) == 1
     shares = matches[only].mean(axis=0)
     np.testing.assert_allclose(shares, [1 / 3, 0, 1 / 3, 1 / 3], atol=0.04)
+
+
+def test_prompts_say_what_one_reader_saw_in_words_of_the_position() -> None:
+    batch = diffusion_batch(400)
+    batch["diameter_mm"] = np.full(400, 12.4, np.float32)
+    batch["box"][:100] = -1
+    batch["layout"][:] = Label.LEFT_LUNG
+    # The second reader is the only one, and all texture that is said is theirs.
+    batch["ratings"][:, (0, 2, 3)] = 0
+    readers = np.random.default_rng(2).uniform(size=400).astype(np.float32)
+    prompts = prompts_of(batch, readers, seed=3)
+    assert set(prompts[:100]) == {NO_NODULE}
+    for row, prompt in enumerate(prompts[100:], 100):
+        scores = batch["ratings"][row, 1]
+        for name in ("margin", "lobulation", "spiculation", "sphericity"):
+            said = [
+                level
+                for level, synonyms in enumerate(WORDS[name], 1)
+                if any(words in prompt.split(", ") for words in synonyms)
+            ]
+            assert said in ([], [scores[ATTRIBUTES.index(name)]])
+    for clause in ("12 mm", "left lung"):
+        assert 0.75 < np.mean([clause in prompt for prompt in prompts[100:]]) < 0.95
+    # The words follow from the position: not from the mates, and anew at another.
+    part = {name: values[200:210] for name, values in batch.items()}
+    assert prompts_of(part, readers[200:210], seed=3) == prompts[200:210]
+    part["position"] = part["position"] + 1000
+    assert prompts_of(part, readers[200:210], seed=3) != prompts[200:210]
