@@ -94,5 +94,5 @@ def test_samples_unlike_the_training_images_are_refused(
 
 
 def test_only_a_latent_model_has_something_to_encode(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="only a latent_diffusion recipe"):
+    with pytest.raises(InputError, match="only models of latents"):
         encode(tiny_config(tmp_path))

@@ -220,8 +220,9 @@ def test_what_cannot_be_judged_is_said(config: ExperimentConfig) -> None:
 def test_requests_are_read_off_the_slices_that_follow_them(summary: EvaluationSummary) -> None:
     seen = summary.consistency
     assert set(seen) == {"real", "synthetic", "shuffled", "untrained"}
-    # Pixels of 7.5 mm hide most of what readers saw.
-    visible = [name for name, one in seen["synthetic"].items() if one.interval[0] > 0]
-    assert visible
-    assert all(seen["shuffled"][name].kappa < seen["synthetic"][name].kappa for name in visible)
+    # A dozen nodules: other scores than the texture happen to be alike where they are exchanged.
+    texture = {name: agreements["texture"] for name, agreements in seen.items()}
+    assert texture["synthetic"].interval[0] > 0.5
+    assert texture["shuffled"].interval[1] < texture["synthetic"].interval[0]
+    assert all(abs(agreement.kappa) < 0.25 for agreement in seen["untrained"].values())
     assert summary.reader_kappa["texture"] == pytest.approx(0.59, abs=0.01)
