@@ -10,7 +10,13 @@ from pydantic import Field, model_validator
 from raysynth.config.base import Section
 from raysynth.config.data import DataConfig, SliceSamples
 from raysynth.config.evaluation import EvaluationConfig
-from raysynth.config.model import Diffusion, ModelConfig, OfLatents
+from raysynth.config.model import (
+    Diffusion,
+    HoleFilling,
+    ModelConfig,
+    OfLatents,
+    TextDiffusionConfig,
+)
 from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
 from raysynth.errors import InputError
@@ -137,6 +143,21 @@ class ExperimentConfig(Section):
             raise ValueError(
                 "sampling.sampler ddpm with model.schedule rectified_flow: it needs a "
                 "variance-preserving schedule; use ddim, dpm_solver++ or unipc"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _requests_fit_model(self) -> ExperimentConfig:
+        sampling, family = self.sampling, self.model.family
+        if sampling.prompts and not isinstance(self.model, TextDiffusionConfig):
+            raise ValueError(
+                f"sampling.prompts with model.family {family}, which hears no words: leave them "
+                "out, or use a text_diffusion recipe"
+            )
+        if (sampling.cohort or sampling.counterfactual) and isinstance(self.model, HoleFilling):
+            raise ValueError(
+                f"sampling.cohort and counterfactual with model.family {family}: they plan "
+                "nodules, and this model fills holes; leave them out"
             )
         return self
 

@@ -43,7 +43,8 @@ class PlannedSample:
 
     Attributes:
         sample_id: unique within the store; the seed follows from it.
-        condition: layout, box and attributes asked for; the layout alone of one without nodule.
+        condition: layout, box and attributes asked for; the layout alone of one without nodule; of
+            a text model a prompt, and in crops around nodules the box.
         source_sample: row of the real sample that lends its layout; -1: none.
     """
 

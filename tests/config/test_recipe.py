@@ -62,6 +62,21 @@ BAD = {
         ["model.loss=l1", "model.snr_gamma=5"],
         "snr_gamma 5.0 with loss l1: it weighs squared errors; use loss l2",
     ),
+    "words for who hears none": (
+        DENOISING,
+        ["sampling.prompts=['axial chest CT']"],
+        "prompts with model.family semantic_diffusion, which hears no words: leave them out",
+    ),
+    "nodules for who fills holes": (
+        "model: {family: inpainting}",
+        ["sampling.cohort={texture: {solid: 1.0}}"],
+        "cohort and counterfactual with model.family inpainting: they plan nodules",
+    ),
+    "a cohort of unrelated draws": (
+        DENOISING,
+        ["sampling.prior=independent", "sampling.cohort={texture: {solid: 1.0}}"],
+        "prior independent draws sizes and scores by itself: leave out cohort",
+    ),
     "no signal at all": (DENOISING, ["model.snr_gamma=0"], "snr_gamma is 0"),
     "a list": ("- 1", [], "expected `key: value` sections, found list"),
     "no YAML": ("a: [", [], "no valid YAML"),

@@ -313,7 +313,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         assert refusal.value.rule == "unreadable"
 
 
-@pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutants_are_read_or_refused(tmp_path: Path, count: int) -> None:
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes, slowest_s = run_mutants(tmp_path, count, seed=count)
