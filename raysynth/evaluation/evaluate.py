@@ -131,7 +131,8 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     if isinstance(config.model, HoleFilling):
         # The others are their neighbours: none may be on both sides.
         is_reference &= np.arange(len(is_reference)) % 2 == 0
-    metrics = _judge(measures, sets, patients, is_reference, config)
+    computed = {name: measured.compute() for name, measured in measures.items()}
+    metrics = _judge(computed, sets, patients, is_reference, config)
     counts = {
         "real": len(np.unique(patients["real"])),
         "reference": len(np.unique(patients["real"][is_reference])),
@@ -155,7 +156,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         draws=mean_count(sets["synthetic"].index["draws"]),
         coverage=attribute_coverage(sets["synthetic"].index["attributes"]),
         cohort=_cohort(config, sets["synthetic"], measures["synthetic"]),
-        consistency=_consistency(measures, sets, config.seed),
+        consistency=_consistency(computed, sets, config.seed),
         reader_kappa=between_readers(),
         samples={name: samples.count for name, samples in sets.items()},
         patients=counts,
@@ -301,7 +302,7 @@ def _stray_boxes(samples: SampleSet) -> Sequence[Box]:
 
 
 def _judge(
-    measures: dict[str, Measures],
+    computed: dict[str, Computed],
     sets: dict[str, SampleSet],
     patients: dict[str, NDArray[np.int64]],
     is_reference: NDArray[np.bool_],
@@ -310,10 +311,11 @@ def _judge(
     """All metrics, one Ray task a region and extractor."""
     import ray
 
-    computed = {name: measured.compute() for name, measured in measures.items()}
     if (sets["synthetic"].index["box"] < 0).any():
-        for name, samples in sets.items():
-            computed[name] |= _by_nodule(computed[name], samples)
+        computed = {
+            name: computed[name] | _by_nodule(computed[name], samples)
+            for name, samples in sets.items()
+        }
 
     def arm(name: str, place: Place) -> Arm | None:
         if place not in computed[name]:
@@ -325,7 +327,7 @@ def _judge(
     futures = []
     for place, (rows, _) in computed["real"].items():
         real = arm("real", place)
-        judged = {name: found for name in measures if (found := arm(name, place)) is not None}
+        judged = {name: found for name in computed if (found := arm(name, place)) is not None}
         judged.pop("real")
         if real is None or "synthetic" not in judged:
             continue
@@ -351,10 +353,9 @@ def _cohort(
 
 
 def _consistency(
-    measures: dict[str, Measures], sets: dict[str, SampleSet], seed: int
+    computed: dict[str, Computed], sets: dict[str, SampleSet], seed: int
 ) -> dict[str, dict[str, Agreement]]:
     """Agreement of every set, read off the first extractor's features of nodule crops."""
-    computed = {name: measured.compute() for name, measured in measures.items()}
     places = [
         (region, extractor)
         for region, extractor in computed["real"]

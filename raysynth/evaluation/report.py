@@ -217,7 +217,9 @@ def _first_of(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -
     prompt = _prompt(synthetic, 0)
     seed, source = (int(synthetic.index[name][0]) for name in ("seed", "source_sample"))
     scores = tuple(int(score) for score in synthetic.index["attributes"][0]) if box else None
-    return PlannedSample("first", seed, Condition(layout, box, scores, prompt), source)
+    first = PlannedSample("first", seed, Condition(layout, box, scores, prompt), source)
+    draws = int(synthetic.index["draws"][0])
+    return first.redrawn(draws) if draws > 1 else first
 
 
 def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> list[Tile]:

@@ -150,7 +150,7 @@ def write_store_page(data: StorePage, path: Path) -> None:
         path,
         DISPLAY_WINDOW_HU,
         data=data,
-        groups={name: [_tile(tile) for tile in tiles] for name, tiles in data.galleries.items()},
+        groups=_groups(data.galleries),
         histogram=charts.histogram_chart(data.hu_edges, data.hu_counts),
         geometry=charts.geometry_chart(data.spacing_mm, data.diameter_mm),
     )
@@ -163,7 +163,7 @@ def write_comparison(data: ComparisonPage, path: Path) -> None:
         path,
         DISPLAY_WINDOW_HU,
         data=data,
-        groups={name: [_tile(tile) for tile in tiles] for name, tiles in data.galleries.items()},
+        groups=_groups(data.galleries),
     )
 
 
@@ -182,6 +182,10 @@ def _write(template: str, path: Path, window_hu: tuple[float, float], **values: 
 
 
 _GALLERIES = ("nodules", "real", "synthetic", "denoising")
+
+
+def _groups(galleries: Mapping[str, Sequence[Tile]]) -> dict[str, list[dict[str, object]]]:
+    return {name: [_tile(tile) for tile in tiles] for name, tiles in galleries.items()}
 
 
 def _tile(tile: Tile, window_hu: tuple[float, float] = DISPLAY_WINDOW_HU) -> dict[str, object]:

@@ -311,7 +311,11 @@ def _measured(found: Measurement, shape: tuple[int, ...]) -> NDArray[Any]:
 
 def _utf8(text: str) -> NDArray[np.uint8]:
     """A row of `index/prompt`."""
-    encoded = text.encode()[:PROMPT_BYTES]
+    encoded = text.encode()
+    if len(encoded) > PROMPT_BYTES:
+        raise InputError(
+            f"prompt of {len(encoded)} bytes: a store keeps {PROMPT_BYTES}; leave some clauses out"
+        )
     return np.frombuffer(encoded.ljust(PROMPT_BYTES, b"\0"), np.uint8)
 
 

@@ -80,11 +80,7 @@ def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSa
     if isinstance(config.model, TextDiffusionConfig):
         return _plan_prompts(config)
     rows, anatomies = _lendable_layouts(samples)
-    strata = plan_strata(config.sampling.cohort, config.slices.min_nodule_mm)
-    independent = None
-    if config.sampling.prior == "independent":
-        boxes = _training_boxes(samples)
-        independent = independent_prior(boxes, anatomies, samples.shape[-1], samples.pixel_mm)
+    prior_of = _priors(config, samples, anatomies)
     plan = []
     for number in range(config.sampling.num_samples):
         turn = _turn(config, number)
@@ -92,11 +88,23 @@ def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSa
             source = int(turn.rng.integers(len(anatomies)))
             condition = Condition(anatomies[source])
         else:
-            nodules = partial(turn.draw_nodule, strata.of(turn.series))
-            prior = independent or joint_prior(config, anatomies, nodules)
-            source, condition, _ = _draw_until_it_fits(prior, turn.rng)
+            source, condition, _ = _draw_until_it_fits(prior_of(turn), turn.rng)
         plan.append(PlannedSample(turn.sample_id, turn.seed, condition, int(rows[source])))
     return plan
+
+
+def _priors(
+    config: ExperimentConfig, samples: SampleSet, anatomies: list[NDArray[np.uint8]]
+) -> Callable[[_Turn], Prior]:
+    """The recipe's prior for each sample."""
+    if config.sampling.prior == "independent":
+        boxes = _training_boxes(samples)
+        prior = independent_prior(boxes, anatomies, samples.shape[-1], samples.pixel_mm)
+        return lambda turn: prior
+    strata = plan_strata(config.sampling.cohort, config.slices.min_nodule_mm)
+    return lambda turn: joint_prior(
+        config, anatomies, partial(turn.draw_nodule, strata.of(turn.series))
+    )
 
 
 @dataclass(frozen=True)

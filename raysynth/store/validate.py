@@ -140,10 +140,10 @@ def summary(url: str | Path) -> StoreSummary:
     repository = open_repository(url)
     root = open_root(url)
     cases = [case_attrs(root, case_id) for case_id in case_ids(root)]
-    published = {past.id for past in repository.ancestry(branch="main")}
+    commits = dict(history(repository))
     publications = tuple(
         Publication(snapshot, past.written_at, past.message)
-        for snapshot, past in history(repository)
+        for snapshot, past in commits.items()
         if past.published or not past.run
     )
     try:
@@ -169,7 +169,7 @@ def summary(url: str | Path) -> StoreSummary:
             sorted(
                 name
                 for name in repository.list_branches()
-                if repository.lookup_branch(name) not in published
+                if repository.lookup_branch(name) not in commits
             )
         ),
     )
@@ -186,8 +186,7 @@ def sample_groups(root: zarr.Group) -> list[tuple[str, zarr.Group]]:
 def _check_history(url: str | Path) -> Iterator[Problem]:
     """Reading it checks it."""
     for _ in history(open_repository(url)):
-        pass
-    yield from ()
+        yield from ()
 
 
 def _check_top(root: zarr.Group) -> Iterator[Problem]:
