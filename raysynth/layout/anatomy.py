@@ -141,7 +141,8 @@ def _find_body(hu: NDArray[np.float32], spacing_mm: Triple) -> Mask:
     solid = largest_component(open_planes(tissue, TABLE_MM, spacing_mm))
     # Thin parts of the chest wall come back, or the lungs would lie open.
     steps = max(1, round(WALL_MM / min(spacing_mm[1:])))
-    solid = ndimage.binary_dilation(solid, IN_PLANE, iterations=steps, mask=tissue)
+    for _ in range(steps):
+        solid = dilate(solid, (1, 2)) & tissue
     planes, count = ndimage.label(~solid, structure=IN_PLANE)
     # Air from the front or from below the back is outside. A lung that the field of view cuts
     # touches the sides alone.

@@ -6,7 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from raysynth.layout.morphology import IN_PLANE, Mask, bounding_box, close_mask, depth
+from raysynth.layout.morphology import (
+    IN_PLANE,
+    Mask,
+    bounding_box,
+    close_mask,
+    depth,
+    fill_holes,
+)
 from raysynth.volume import Triple
 
 AIR_HU = -400.0
@@ -80,9 +87,9 @@ def close_lung(hu: NDArray[np.float32], lung: Mask, free: Mask, spacing_mm: Trip
     margin_z, margin_y, margin_x = (int(CLOSING_MM / spacing) + 2 for spacing in spacing_mm)
     box = bounding_box(lung, (margin_z, margin_y, margin_x))
     closed = close_mask(lung[box], CLOSING_MM, spacing_mm)
-    closed = ndimage.binary_fill_holes(closed)
+    closed = fill_holes(closed)
     # Ribs dent the outline, vessels full of contrast lie within it.
-    closed &= ndimage.binary_fill_holes(closed & (hu[box] < BONE_HU), IN_PLANE)
+    closed &= fill_holes(closed & (hu[box] < BONE_HU), IN_PLANE)
     result = lung.copy()
     result[box] |= closed & free[box]
     return result
@@ -100,11 +107,15 @@ def _find_cores(candidates: Mask, spacing_mm: Triple) -> list[Mask]:
 
 
 def _part_lungs(candidates: Mask, spacing_mm: Triple) -> list[Mask]:
-    depth_mm = depth(candidates, spacing_mm)
     voxel_mm3 = float(np.prod(spacing_mm))
     whole: list[Mask] = []
+    inner = candidates
+    depth_mm: NDArray[np.float64] | None = None  # most lungs lie apart as they are
     for radius_mm in (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0):
-        labels, count = ndimage.label(depth_mm > radius_mm)
+        if radius_mm > 0:
+            depth_mm = depth(candidates, spacing_mm) if depth_mm is None else depth_mm
+            inner = depth_mm > radius_mm
+        labels, count = ndimage.label(inner)
         sizes = np.bincount(labels.ravel(), minlength=count + 1)
         sizes[0] = 0
         order = np.argsort(sizes)[::-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,10 +19,37 @@ Value = TypeVar("Value", bound=np.generic)
 
 
 def grow(mask: Mask, radius_mm: float, spacing_mm: Triple) -> Mask:
-    """Every voxel within `radius_mm` of the mask (a ball, however the voxels are shaped)."""
-    if not mask.any():
-        return np.zeros_like(mask)
-    return depth(~mask, spacing_mm) <= radius_mm
+    """Every voxel within `radius_mm` of the mask (a ball, however the voxels are shaped).
+
+    A ball of a few voxels is soon put together from shifted rows: SciPy's distances, which give the
+    same, take ten times as long.
+    """
+    z, y, x = (np.arange(int(radius_mm / mm) + 2) for mm in spacing_mm)
+    along_z, along_y, along_x = (
+        np.square(steps * mm) for steps, mm in zip((z, y, x), spacing_mm, strict=True)
+    )
+    inside = np.sqrt(along_z[:, None, None] + along_y[:, None] + along_x) <= radius_mm
+    lengths = inside.sum(axis=2)  # of the half row at each place off the centre, with its middle
+    rows, grown = mask.copy(), np.zeros_like(mask)
+    for length in range(1, int(lengths.max()) + 1):
+        if length > 1:
+            _or_shifted(rows, mask, (0, 0, length - 1))
+        for step_z, step_y in np.argwhere(lengths == length).tolist():
+            _or_shifted(grown, rows, (step_z, step_y, 0))
+    return grown
+
+
+def _or_shifted(target: Mask, source: Mask, steps: tuple[int, int, int]) -> None:
+    """Adds the source to the target, shifted by so many voxels to either side along each axis."""
+    for signs in set(itertools.product(*((-step, step) for step in steps))):
+        to, from_ = (
+            tuple(
+                slice(max(0, sign * step), max(0, size + min(0, sign * step)))
+                for step, size in zip(signs, source.shape, strict=True)
+            )
+            for sign in (1, -1)
+        )
+        target[to] |= source[from_]
 
 
 def depth(mask: Mask, spacing_mm: Triple) -> NDArray[np.float64]:
@@ -91,6 +119,21 @@ def largest_component(mask: Mask) -> Mask:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return labels == sizes.argmax()
+
+
+def fill_holes(mask: Mask, structure: Mask | None = None) -> Mask:
+    """The mask and all that it encloses: what nothing connects with the sides of the grid.
+
+    Args:
+        mask: of a volume.
+        structure: which neighbours connect; `IN_PLANE` asks plane by plane. None: all six.
+    """
+    labels, count = ndimage.label(~mask, structure)
+    outside = np.zeros(count + 1, np.bool_)
+    for axis in (0, 1, 2) if structure is None else (1, 2):
+        outside[np.unique(labels.take([0, -1], axis))] = True
+    outside[0] = False
+    return ~outside[labels]
 
 
 def bounding_box(mask: Mask, margin: tuple[int, ...] | None = None) -> tuple[slice, ...]:

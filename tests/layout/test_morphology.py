@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from raysynth.layout.morphology import IN_PLANE, block_mean, dilate, erode, open_planes, refine
+from raysynth.layout.morphology import (
+    IN_PLANE,
+    block_mean,
+    dilate,
+    erode,
+    fill_holes,
+    grow,
+    open_planes,
+    refine,
+)
 
 
 @pytest.fixture(params=[(1, 1, 1), (5, 9, 7), (20, 40, 30)])
@@ -42,3 +51,22 @@ def test_block_means_are_means_of_blocks(factors: tuple[int, int, int]) -> None:
     padded = np.pad(cut, ((0, 0), (0, int(fy > 1)), (0, int(fx > 1))), mode="edge")
     np.testing.assert_array_equal(block_mean(cut, factors), block_mean(padded, factors))
     assert refine(block_mean(cut, factors), factors, cut.shape).shape == cut.shape
+
+
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (2.5, 0.7, 0.8), (40.0, 3.0, 9.0)])
+@pytest.mark.parametrize("radius_mm", [0.0, 3.0, 5.0, 10.0])
+def test_a_ball_reaches_as_far_as_scipys_distances(
+    radius_mm: float, spacing_mm: tuple[float, float, float]
+) -> None:
+    for shape in [(1, 1, 1), (3, 4, 2), (12, 30, 25)]:
+        mask = np.random.default_rng(5).random(shape) > 0.997
+        mask.flat[0] = True
+        distance_mm = ndimage.distance_transform_edt(~mask, sampling=spacing_mm)
+        np.testing.assert_array_equal(grow(mask, radius_mm, spacing_mm), distance_mm <= radius_mm)
+        assert not grow(np.zeros_like(mask), radius_mm, spacing_mm).any()
+
+
+def test_holes_are_filled_as_scipy_fills_them(mask: np.ndarray) -> None:
+    np.testing.assert_array_equal(fill_holes(mask), ndimage.binary_fill_holes(mask))
+    in_plane = ndimage.binary_fill_holes(mask, IN_PLANE)
+    np.testing.assert_array_equal(fill_holes(mask, IN_PLANE), in_plane)
