@@ -7,8 +7,10 @@ and backward, about 50 ms; whatever brings the samples has the other core. Steps
 that is there already, alternate with steps that ask for theirs. The stall is 1 - time of the steps
 if each were the median one alone / wall time; "waited" is the part of it before a step begins. What
 comes before the first batch (files opened, caches filled) is "set up", and no stall. Peers crop and
-convert in their worker, raysynth after its stream. Each runs in a process of its own; files are in
-the page cache. The last line is everything as JSON; exits 1 where raysynth stalls more than 2 %.
+convert in their worker. raysynth's stream brings samples as they are stored, and a training step
+begins by making numbers of them: there that is part of the step, alone or not. Each runs in a
+process of its own; files are in the page cache. The last line is everything as JSON; exits 1 where
+raysynth stalls more than 2 %.
 """
 
 from __future__ import annotations
@@ -78,10 +80,11 @@ def main(arguments: list[str]) -> int:
     return _report({name: row for name, row in measured.items() if row is not None}, facts)
 
 
-# The ways to get batches: each yields float32 (4, 1, 48, 48, 48), HU / 1000.
+# The ways to get batches: each yields float32 (4, 1, 48, 48, 48), HU / 1000; raysynth's stream
+# int16 (4, 64, 64, 64), of which `_crops` makes that.
 
 
-def _stream(folder: Path, open_shards: int) -> Iterator[Tensor]:
+def _stream(folder: Path, open_shards: int) -> Iterator[NDArray[np.int16]]:
     stream = SampleStream(
         samples_of(folder / "store", "patches"),
         ["hu"],
@@ -89,10 +92,13 @@ def _stream(folder: Path, open_shards: int) -> Iterator[Tensor]:
         global_batch_size=BATCH_SIZE,
         open_shards=open_shards,
     )
-    random = np.random.default_rng(0)
     for batch in stream.batches():
-        crops = np.stack([_crop(sample, random) for sample in batch["hu"]])
-        yield torch.from_numpy(crops).float().div_(1000)
+        yield batch["hu"]
+
+
+def _crops(samples: NDArray[np.int16], random: np.random.Generator) -> Tensor:
+    crops = np.stack([_crop(sample, random) for sample in samples])
+    return torch.from_numpy(crops).float().div_(1000)
 
 
 def _crop(sample: NDArray[np.int16], random: np.random.Generator) -> NDArray[np.int16]:
@@ -207,7 +213,7 @@ def _loaded(dataset: Dataset[Tensor], shuffle: bool = False) -> Iterator[Tensor]
         yield from loader
 
 
-WAYS: dict[str, Callable[[Path], Iterator[Tensor]]] = {
+WAYS: dict[str, Callable[[Path], Iterator[Any]]] = {
     "raysynth, 8 open shards": partial(_stream, open_shards=8),
     "raysynth, 1 open shard": partial(_stream, open_shards=1),
     "DataLoader, .nii.gz, file a sample": partial(_file_a_sample, suffix=".nii.gz"),
@@ -227,8 +233,9 @@ MODULES = {
 # The steps.
 
 
-def _step_of(blocks: int) -> Callable[[Tensor], None]:
+def _step_of(blocks: int) -> Callable[[Any], None]:
     """A training step of a small network that predicts its input at half the resolution."""
+    random = np.random.default_rng(0)
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Conv3d(1, CHANNELS, 3, stride=2, padding=1)]
     for _ in range(blocks):
@@ -236,7 +243,9 @@ def _step_of(blocks: int) -> Callable[[Tensor], None]:
     network = nn.Sequential(*layers, nn.SiLU(), nn.Conv3d(CHANNELS, 1, 1))
     optimizer = torch.optim.SGD(network.parameters(), 1e-4)
 
-    def step(batch: Tensor) -> None:
+    def step(batch: Tensor | NDArray[np.int16]) -> None:
+        if isinstance(batch, np.ndarray):
+            batch = _crops(batch, random)
         loss = functional.mse_loss(network(batch), functional.avg_pool3d(batch, 2))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -247,14 +256,14 @@ def _step_of(blocks: int) -> Callable[[Tensor], None]:
 
 def _calibrate() -> int:
     """In a fresh process: the number of blocks that makes a step about 50 ms."""
-    few, more = (float(np.median(_alone(_step_of(blocks), 8))) for blocks in (1, 3))
+    batch = torch.zeros(BATCH_SIZE, 1, *[CROP] * 3)
+    few, more = (float(np.median(_alone(_step_of(blocks), batch, 8))) for blocks in (1, 3))
     return max(1, round(1 + 2 * (STEP_S - few) / (more - few)))
 
 
-def _alone(step: Callable[[Tensor], None], steps: int) -> list[float]:
+def _alone(step: Callable[[Any], None], batch: Any, steps: int) -> list[float]:
     """Seconds of steps whose batch is there."""
     torch.set_num_threads(1)
-    batch = torch.zeros(BATCH_SIZE, 1, *[CROP] * 3)
     seconds = []
     for _ in range(steps):
         started = time.perf_counter()
@@ -274,21 +283,21 @@ def _run(name: str, folder: Path, blocks: int, steps: int) -> dict[str, float] |
     batches = WAYS[name](folder)
     batch = next(batches)
     set_up_s = time.perf_counter() - started
-    assert batch.shape == (BATCH_SIZE, 1, CROP, CROP, CROP), batch.shape
+    assert batch.shape in ((BATCH_SIZE, 1, *[CROP] * 3), (BATCH_SIZE, *[PATCH] * 3)), batch.shape
     os.sched_setaffinity(0, {cores[0]})
-    row = _measure(batches, _step_of(blocks), steps // ROUNDS)
+    row = _measure(batches, batch, _step_of(blocks), steps // ROUNDS)
     return {"set_up_s": set_up_s} | row
 
 
 def _measure(
-    batches: Iterator[Tensor], step: Callable[[Tensor], None], steps: int
+    batches: Iterator[Any], first: Any, step: Callable[[Any], None], steps: int
 ) -> dict[str, float]:
-    """Alternates steps alone with `steps` that ask for their batch."""
-    _alone(step, UNTIMED)
+    """Alternates steps alone, on the first batch, with `steps` that ask for theirs."""
+    _alone(step, first, UNTIMED)
     alone: list[float] = []
     wall_s = waited_s = 0.0
     for _ in range(ROUNDS):
-        alone += _alone(step, max(2, steps // 4))
+        alone += _alone(step, first, max(2, steps // 4))
         for number in range(-UNTIMED, steps):  # the first ones were read while nobody asked
             started = time.perf_counter()
             batch = next(batches)
