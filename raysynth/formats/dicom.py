@@ -16,14 +16,13 @@ from typing import TypeVar
 import numpy as np
 
 from raysynth.errors import UnreadableCase
-from raysynth.formats.dicom_file import hushed
+from raysynth.formats.dicom_file import hushed, require
 from raysynth.formats.dicom_slice import (
     SPACING_RANGE_MM,
     SliceHeader,
     identify,
     read_header,
     read_hu,
-    require,
 )
 from raysynth.volume import Volume
 

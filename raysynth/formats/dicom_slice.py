@@ -7,7 +7,6 @@ before anything is decoded, and messages carry rules and numbers, never text out
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from imagecodecs import jpeg2k_decode, jpegsof3_decode
 from numpy.typing import NDArray
 from pydicom import uid as uids
-from pydicom.encaps import get_frame
 
 from raysynth.errors import UnreadableCase
-from raysynth.formats.dicom_file import MAX_FILE_BYTES, Place, open_regular, parse_file
-from raysynth.formats.dicom_file import require as require
+from raysynth.formats.dicom_file import Place, parse_file, require
+from raysynth.formats.dicom_pixels import PLAIN, TRANSFER_SYNTAXES, most_bytes, read_pixels
 from raysynth.volume import AIR_HU
 
 KEPT_TAGS = ("Manufacturer", "SliceThickness", "KVP", "ConvolutionKernel")
@@ -47,20 +44,6 @@ INT16 = np.iinfo(np.int16)
 MAX_SIDE = 4096
 MAX_ORIGIN_MM = 1e5
 SPACING_RANGE_MM = (0.05, 20.0)
-
-_PLAIN = (uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian, uids.ExplicitVRBigEndian)
-
-_JPEG_FRAME = 0xC3
-"""Kind of the segment of a lossless JPEG codestream that gives its size."""
-
-_JPEG_SCAN = 0xDA
-"""Kind of the segment before the pixels."""
-
-_JPEG2000_START = 0xFF4FFF51
-"""Start of a codestream, and of the part that gives its size."""
-
-_JPEG2000_TILE = b"\xff\x90\x00\x0a"
-"""Start of a tile, or a part of one; it occurs nowhere else."""
 
 _MULTI_FRAME = (uids.EnhancedCTImageStorage, uids.LegacyConvertedEnhancedCTImageStorage)
 
@@ -93,16 +76,6 @@ _HEADER_TAGS = (
 )
 
 _IDENTITY_TAGS = ("SOPClassUID", "SeriesInstanceUID", "PatientID", "ImageType")
-
-# Lossless ones only. Deflated files are left out: opening one inflates all of it, however large. So
-# is JPEG-LS: of some hundred bytes its decoder can make eight seconds.
-_TRANSFER_SYNTAXES = (
-    *_PLAIN,
-    uids.RLELossless,
-    uids.JPEGLossless,
-    uids.JPEGLosslessSV1,
-    uids.JPEG2000Lossless,
-)
 
 
 @dataclass(frozen=True)
@@ -175,7 +148,7 @@ def read_header(path: Path) -> SliceHeader:
     tags, transfer_syntax, pixels = parse_file(path, _HEADER_TAGS)
     _check_kind(tags)
     require(
-        transfer_syntax in _TRANSFER_SYNTAXES,
+        transfer_syntax in TRANSFER_SYNTAXES,
         "transfer-syntax",
         "the pixels are lossy or in an unknown coding: convert to Explicit VR Little Endian",
     )
@@ -239,115 +212,14 @@ def read_hu(header: SliceHeader) -> NDArray[np.int16]:
 
 def _stored_pixels(header: SliceHeader) -> NDArray[np.integer]:
     """Stored values, (y, x), with the bits above BitsStored (once used for overlays) put right."""
-    rows, columns = header.shape
-    pixels: NDArray[Any]
-    try:
-        if header.transfer_syntax in _PLAIN:
-            order = ">" if header.transfer_syntax == uids.ExplicitVRBigEndian else "<"
-            # What follows the image is left out.
-            data = _read_at(header.path, header.pixels.start, 2 * rows * columns)
-            pixels = np.frombuffer(data, f"{order}u2")
-        else:
-            most_bytes = _most_bytes(header.shape)
-            data = parse_file(header.path, ("PixelData",), most_bytes).tags.PixelData
-            frame = get_frame(data, 0, number_of_frames=1)
-            if header.transfer_syntax == uids.RLELossless:
-                pixels = _unpack_rle(frame, rows * columns)
-            else:
-                pixels = _decode(frame, header)
-        pixels = pixels.reshape(rows, columns).astype(np.uint16, copy=False)
-    except UnreadableCase:
-        raise
-    except Exception as error:  # a decoder may raise anything
-        raise UnreadableCase(
-            "pixel-data",
-            f"the pixels of a slice are cut or cannot be decoded ({type(error).__name__})",
-        ) from None
+    pixels: NDArray[np.integer] = read_pixels(
+        header.path, header.pixels, header.transfer_syntax, header.shape
+    )
     spare = 16 - header.bits_stored
     if spare and (header.is_signed or int(pixels.max()) >> header.bits_stored):
         pixels = pixels << spare
         return (pixels.view(np.int16) if header.is_signed else pixels) >> spare
     return pixels.view(np.int16) if header.is_signed else pixels
-
-
-def _most_bytes(shape: tuple[int, int]) -> int:
-    """Of the pixels of one image: no coding without loss takes so much."""
-    return 8 * shape[0] * shape[1] + (1 << 16)
-
-
-def _read_at(path: Path, start: int, size: int) -> bytes:
-    with open_regular(path, MAX_FILE_BYTES) as file:
-        file.seek(start)
-        return file.read(size)
-
-
-def _decode(codestream: bytes, header: SliceHeader) -> NDArray[Any]:
-    """Pixels in one of JPEG's codings, which must be of the size that the checked header tells."""
-    if header.transfer_syntax == uids.JPEG2000Lossless:
-        _check_jpeg2000(codestream, header.shape)
-        return jpeg2k_decode(codestream)
-    _check_jpeg(codestream, header.shape)
-    return jpegsof3_decode(codestream, out=np.empty(header.shape, np.uint16))
-
-
-def _check_jpeg(codestream: bytes, shape: tuple[int, int]) -> None:
-    """The size that the codestream gives itself, as a decoder would allocate it."""
-    at = 2
-    found: list[int] = []
-    while not found or found[-1] != _JPEG_SCAN:
-        start, kind, length = struct.unpack_from(">BBH", codestream, at)
-        found.append(kind)
-        require(start == 0xFF and length >= 2, "pixel-data", "the pixels are no JPEG codestream")
-        if kind == _JPEG_FRAME:
-            bits, rows, columns, components = struct.unpack_from(">BHHB", codestream, at + 4)
-            require(
-                (rows, columns) == shape and 8 < bits <= 16 and components == 1,
-                "pixel-data",
-                f"{components} images of {rows} x {columns} pixels of {bits} bits in {shape}",
-            )
-        at += 2 + length
-    require(found.count(_JPEG_FRAME) == 1, "pixel-data", "the pixels are in another kind of JPEG")
-
-
-def _check_jpeg2000(codestream: bytes, shape: tuple[int, int]) -> None:
-    """The size that the codestream gives itself: a decoder allocates it before it complains."""
-    start, x1, y1, x0, y0, tile_x, tile_y, *corner, components = struct.unpack_from(
-        ">Q8IH", codestream
-    )
-    require(
-        start >> 32 == _JPEG2000_START and (y1 - y0, x1 - x0) == shape and components == 1,
-        "pixel-data",
-        f"the pixels are no JPEG 2000 codestream of one {shape} image",
-    )
-    # Who decodes leaves out what is not there.
-    tiles = -(-(x1 - corner[0]) // tile_x) * -(-(y1 - corner[1]) // tile_y)
-    parts = codestream.count(_JPEG2000_TILE)
-    require(tiles <= parts, "pixel-data", f"{parts} of {tiles} tiles are there: is the file cut?")
-
-
-def _unpack_rle(frame: bytes, size: int) -> NDArray[np.uint16]:
-    """Pixels (size,) from their packed high and low bytes; no more is unpacked than they need."""
-    count, high, low = struct.unpack_from("<3I", frame)
-    require(count == 2, "pixel-data", f"{count} run-length coded parts; 16-bit pixels have two")
-    pixels = np.empty((size, 2), np.uint8)
-    for place, packed in enumerate((frame[low:], frame[high:low])):
-        pixels[:, place] = np.frombuffer(_unpack_bits(packed, size), np.uint8, size)
-    return pixels.reshape(-1).view("<u2")
-
-
-def _unpack_bits(packed: bytes, size: int) -> bytearray:
-    """The first `size` bytes that the runs stand for; fewer if they end before."""
-    unpacked = bytearray()
-    at = 0
-    while len(unpacked) < size and at < len(packed):
-        count = packed[at]
-        if count < 128:  # so many and one as they are
-            unpacked += packed[at + 1 : at + 2 + count]
-            at += 2 + count
-        else:  # one repeated, and of 128 nothing
-            unpacked += packed[at + 1 : at + 2] * (257 - count) if count > 128 else b""
-            at += 2 if count > 128 else 1
-    return unpacked[:size]
 
 
 def _check_kind(tags: pydicom.Dataset) -> None:
@@ -395,14 +267,14 @@ def _pixel_format(tags: pydicom.Dataset) -> tuple[tuple[int, int], int]:
 def _checked_place(pixels: Place | None, transfer_syntax: str, shape: tuple[int, int]) -> Place:
     require(pixels is not None, "pixel-data", "a slice without pixels: is the file cut?")
     assert pixels is not None
-    is_plain = transfer_syntax in _PLAIN
+    is_plain = transfer_syntax in PLAIN
     require(
         (pixels.length is not None) == is_plain,
         "pixel-data",
         "the pixels are not in the coding that the file names",
     )
     if pixels.length is not None:
-        least, most = 2 * shape[0] * shape[1], _most_bytes(shape)
+        least, most = 2 * shape[0] * shape[1], most_bytes(shape)
         require(
             least <= pixels.length <= most,
             "pixel-data",

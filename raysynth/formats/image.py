@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from raysynth.case import Intensity
 from raysynth.errors import UnreadableCase
-from raysynth.formats.dicom_slice import PADDING_HU, require
+from raysynth.formats.dicom_file import require
+from raysynth.formats.dicom_slice import PADDING_HU
 from raysynth.formats.image_file import Image as Image
 from raysynth.formats.metaimage import read_metaimage
 from raysynth.formats.nifti import read_nifti

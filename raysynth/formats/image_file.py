@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from raysynth.errors import UnreadableCase
 from raysynth.formats.dicom import MAX_VOXELS
-from raysynth.formats.dicom_file import open_regular
-from raysynth.formats.dicom_slice import MAX_ORIGIN_MM, MAX_SIDE, SPACING_RANGE_MM, require
+from raysynth.formats.dicom_file import open_regular, require
+from raysynth.formats.dicom_slice import MAX_ORIGIN_MM, MAX_SIDE, SPACING_RANGE_MM
 from raysynth.volume import Triple
 
 MAX_HEADER_BYTES = 1 << 20

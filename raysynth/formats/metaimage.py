@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from raysynth.errors import UnreadableCase
-from raysynth.formats.dicom_slice import require
+from raysynth.formats.dicom_file import require
 from raysynth.formats.image_file import (
     Grid,
     Image,

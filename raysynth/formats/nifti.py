@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysynth.errors import UnreadableCase
-from raysynth.formats.dicom_slice import require
+from raysynth.formats.dicom_file import require
 from raysynth.formats.image_file import (
     MAX_HEADER_BYTES,
     Grid,

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.formats.dicom_slice import require
+from raysynth.formats.dicom_file import require
 from raysynth.formats.image_file import (
     Grid,
     Image,
