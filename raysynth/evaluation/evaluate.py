@@ -6,20 +6,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from raysynth.case import CONDITION_ATTRIBUTES
-from raysynth.condition import Box
-from raysynth.config import EvaluationConfig, ExperimentConfig, HoleFilling
-from raysynth.config.sampling import DRAWING
-from raysynth.errors import InputError
+from raysynth.config import ExperimentConfig, HoleFilling
 from raysynth.evaluation.adherence import (
     AttributeCoverage,
     CohortShare,
@@ -42,26 +36,15 @@ from raysynth.evaluation.consistency import (
 from raysynth.evaluation.intervals import Arm
 from raysynth.evaluation.judge import Arms, MetricResult, judge
 from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place
-from raysynth.metrics.features import Extractor, load_extractor
-from raysynth.models.bundle import bundle_digest
-from raysynth.progress import progress
-from raysynth.seeding import seed_of
-from raysynth.store.reader import SampleSet, case_attrs, open_group
+from raysynth.evaluation.notices import notices_of
+from raysynth.evaluation.sets import measure_sets, open_sets, patients_of
+from raysynth.metrics.features import load_extractor
+from raysynth.store.reader import SampleSet
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.splits import is_indicative
 from storage_schema.v1 import SPLITS
 
 logger = logging.getLogger(__name__)
-
-CONTROLS = ("untrained", "shuffled")
-MAX_SAMPLES = 50_000
-"""Samples measured of a set, whole shards at random: features of all regions stay in memory, 4 kB a
-sample with `ct-conv` and 27 kB with Inception."""
-
-NUM_STRAY_BOXES = 500
-
-MAX_SHARE_GAP = 0.02
-"""By which shares of slices without nodule may differ and still be called the same."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,7 @@ class EvaluationSummary:
         consistency: how a judge trained on real nodules agrees with the scores asked for, by set
             and attribute; `real`: with the readers of held-out nodules.
         reader_kappa: how far two readers of LIDC agree, by attribute.
-        samples: stored, by set; at most `MAX_SAMPLES` of each are measured.
+        samples: stored, by set; at most `sets.MAX_SAMPLES` of each are measured.
         patients: real ones in all, and in the reference.
         indicative: so few patients that every figure is no more than a hint.
         notices: what a reader must know beside the figures.
@@ -124,9 +107,9 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         load_extractor(extractor, config.evaluation.inception_weights)
     snapshot = main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
-    sets = _open_sets(root, config)
-    patients = _patients(root, sets)
-    measures = _measure(sets, config)
+    sets = open_sets(root, config)
+    patients = patients_of(root, sets)
+    measures = measure_sets(sets, config)
     is_reference = sets["real"].index["split"] == SPLITS.index("test")
     if isinstance(config.model, HoleFilling):
         # The others are their neighbours: none may be on both sides.
@@ -161,144 +144,13 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         samples={name: samples.count for name, samples in sets.items()},
         patients=counts,
         indicative=is_indicative(counts["real"]),
-        notices=_notices(root, sets, counts, metrics),
+        notices=notices_of(root, sets, counts, metrics),
         snapshot=snapshot,
         seconds=time.monotonic() - started,
         path=str(path),
     )
     _write(summary, path)
     return summary
-
-
-def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet]:
-    """`real`, `synthetic` and the controls that the store has."""
-    name = config.slices.name
-    sets = {
-        "real": SampleSet(open_group(root, f"samples/{name}")),
-        "synthetic": SampleSet(open_group(root, f"synthetic/{config.name}")),
-    }
-    for control in CONTROLS:
-        group = root.get(f"synthetic/{config.name}_{control}")
-        if isinstance(group, zarr.Group) and config.evaluation.controls:
-            sets[control] = SampleSet(group)
-    real, synthetic = sets["real"], sets["synthetic"]
-    _check_drawn_by(config, synthetic)
-    if real.attrs["intensity"] != "hu":
-        raise InputError(
-            f"sample set {name} has intensity {real.attrs['intensity']!r}, and these metrics are "
-            "of Hounsfield units; evaluate a set cut from HU volumes"
-        )
-    if real.shape != synthetic.shape or not np.isclose(real.pixel_mm, synthetic.pixel_mm):
-        raise InputError(
-            f"synthetic/{config.name} has slices of {synthetic.shape} pixels of "
-            f"{synthetic.pixel_mm:g} mm, samples/{name} {real.shape} of {real.pixel_mm:g} mm: "
-            "evaluate with the set that the model was trained on"
-        )
-    if not np.any(real.index["split"] == SPLITS.index("test")):
-        raise InputError(
-            f"no slice of samples/{name} is of a test patient, so there is nothing to judge by; "
-            "ingest more patients or raise data.split.test"
-        )
-    return sets
-
-
-def _check_drawn_by(config: ExperimentConfig, synthetic: SampleSet) -> None:
-    """The run must come from the bundle and settings that its figures will be ascribed to."""
-    here = config.bundle_path.exists()  # on another machine it may not be
-    if here and synthetic.attrs["bundle"] != bundle_digest(config.bundle_path):
-        raise InputError(
-            f"synthetic/{config.name} was not drawn by the bundle that is at {config.bundle_path} "
-            "now: draw another run (--set name=...), or put its bundle back"
-        )
-    wanted = config.sampling.model_dump(mode="json")
-    for name, stored in synthetic.attrs["passport"].get("sampling", {}).items():
-        if name in DRAWING and stored != wanted[name]:
-            raise InputError(
-                f"synthetic/{config.name} was drawn with sampling.{name} {stored}, the recipe says "
-                f"{wanted[name]}: set it back, or draw another run"
-            )
-
-
-def _patients(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArray[np.int64]]:
-    """The number of each sample's patient; of a synthetic one, of the patient who lent the layout.
-
-    A sample on nobody's layout is its own patient, with a negative number.
-    """
-    numbers: dict[str, int] = {}
-    patients = {}
-    for name, samples in sets.items():
-        of_case = [
-            numbers.setdefault(case_attrs(root, case).patient_key, len(numbers))
-            for case in samples.attrs["cases"]
-        ]
-        case = samples.index["case" if name == "real" else "source_case"]
-        nobody = -1 - np.arange(len(case))
-        patients[name] = np.where(case >= 0, np.array([*of_case, 0])[case], nobody)
-    return patients
-
-
-def _measure(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[str, Measures]:
-    """Measures every set, one Ray task a shard."""
-    import ray
-
-    task = ray.remote(num_cpus=1)(_measure_shard)
-    work = {}
-    for name, samples in sets.items():
-        handle = ray.put(samples)
-        strays = _stray_boxes(samples)
-        for shard in _chosen_shards(samples):
-            future = task.remote(handle, shard, strays, config.evaluation)
-            start, stop = samples.shard_rows(shard)
-            work[future] = name, stop - start
-    measures = {name: Measures() for name in sets}
-    with progress("evaluate", sum(count for _, count in work.values())) as view:
-        pending = list(work)
-        while pending:
-            (done,), pending = ray.wait(pending)
-            name, count = work[done]
-            measures[name].merge(ray.get(done))
-            view.advance(count)
-    return measures
-
-
-def _measure_shard(
-    samples: SampleSet, shard: int, strays: Sequence[Box], config: EvaluationConfig
-) -> Measures:
-    start, stop = samples.shard_rows(shard)
-    measures = Measures()
-    measures.update(
-        start,
-        samples.read("hu", start, stop),
-        samples.read("layout", start, stop),
-        samples.index["box"][start:stop],
-        samples.pixel_mm,
-        _extractors(config.extractors, config.inception_weights),
-        strays,
-    )
-    return measures
-
-
-@lru_cache(maxsize=1)
-def _extractors(names: tuple[str, ...], weights: Path | None) -> tuple[Extractor, ...]:
-    """Loaded once a process: Ray's workers measure many shards."""
-    return tuple(load_extractor(name, weights) for name in names)
-
-
-def _chosen_shards(samples: SampleSet) -> list[int]:
-    """All shards, or as many random ones as hold `MAX_SAMPLES`."""
-    wanted = max(1, MAX_SAMPLES // samples.rows_per_shard)
-    rng = np.random.default_rng(seed_of("shards", samples.num_shards))
-    return sorted(int(shard) for shard in rng.permutation(samples.num_shards)[:wanted])
-
-
-def _stray_boxes(samples: SampleSet) -> Sequence[Box]:
-    """Different boxes of the set, in a random order."""
-    boxes = np.unique(samples.index["box"], axis=0)
-    boxes = boxes[boxes[:, 0] >= 0]
-    order = np.random.default_rng(seed_of("stray boxes", len(boxes))).permutation(len(boxes))
-    return [
-        (int(y0), int(x0), int(y1), int(x1)) for y0, x0, y1, x1 in boxes[order[:NUM_STRAY_BOXES]]
-    ]
 
 
 def _judge(
@@ -395,57 +247,6 @@ def _by_nodule(computed: Computed, samples: SampleSet) -> Computed:
         for kind, mask in (("nodule", boxed), ("free", ~boxed))
         if region == "all" and mask.any()
     }
-
-
-def _notices(
-    root: zarr.Group,
-    sets: dict[str, SampleSet],
-    patients: dict[str, int],
-    metrics: dict[str, MetricResult],
-) -> list[str]:
-    real, synthetic = sets["real"], sets["synthetic"]
-    notices = []
-    kinds = {case_attrs(root, case).source.get("kind") for case in real.attrs["cases"]}
-    if kinds == {"phantom"}:
-        notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
-    elif "phantom" in kinds:
-        notices.append("some patients are phantoms, the others real: use a store for each")
-    if is_indicative(patients["real"]):
-        notices.append(f"indicative only: {patients['real']} patients")
-    if patients["real"] < 2:
-        notices.append("one patient: there is no patient-disjoint floor")
-    few = {
-        key.split("/")[2]: result.reference_patients
-        for key, result in metrics.items()
-        if result.resampled == "samples"
-    }
-    if few:
-        counts = ", ".join(f"{place} {count}" for place, count in sorted(few.items()))
-        notices.append(
-            f"few patients in the reference ({counts}): intervals draw samples instead of patients "
-            "there and are too narrow"
-        )
-    empty, asked_empty = (
-        float(np.mean(samples.index["box"][:, 0] < 0)) for samples in (real, synthetic)
-    )
-    if abs(empty - asked_empty) > MAX_SHARE_GAP:
-        notices.append(
-            f"{empty:.0%} of the slices of patients show no nodule, of the synthetic ones "
-            f"{asked_empty:.0%} were asked for without: distances of whole slices and lungs stay "
-            "above their floor for that"
-        )
-    if (synthetic.index["draws"] > 1).any():
-        most = synthetic.attrs["passport"]["sampling"]["max_draws"]
-        notices.append(
-            f"slices without the nodule asked for were drawn again, up to {most} times: shares "
-            "found, and distances, are those of a selection (controls were drawn once)"
-        )
-    if any(result.n <= result.dim for key, result in metrics.items() if key.startswith("fid/")):
-        notices.append("FID has no more samples than dimensions somewhere: prefer KID there")
-    places = {key.split("/")[2] for key in metrics}
-    if not any(place.startswith("nodule") for place in places):
-        notices.append("too few nodules to judge them apart")
-    return notices
 
 
 def _write(summary: EvaluationSummary, path: Path) -> None:

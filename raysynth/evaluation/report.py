@@ -13,10 +13,11 @@ import zarr
 from numpy.typing import NDArray
 
 from raysynth import __version__
-from raysynth.case import LUNG_LABELS, Label, Nodule
+from raysynth.case import Label, Nodule
 from raysynth.condition import Box, Condition
 from raysynth.config import ExperimentConfig, Gan, HoleFilling, OfLatents
 from raysynth.config.model import Window
+from raysynth.evaluation.limits import detail, limits
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION
 from raysynth.progress import stage_seconds
@@ -101,7 +102,7 @@ def report(config: ExperimentConfig) -> Path:
             seconds=seconds,
             recipe=yaml.safe_dump(config.shareable(), sort_keys=False),
             attribution=_attribution(config),
-            limits=limits(found, (_detail(real) or 0.0, _detail(synthetic)), frames, losses),
+            limits=limits(found, (detail(real) or 0.0, detail(synthetic)), frames, losses),
             window_hu=_display_window(bundle.window_hu),
         ),
         page,
@@ -379,71 +380,3 @@ def _attribution(config: ExperimentConfig) -> list[str]:
         *(f"Data: {ATTRIBUTION[source]}." for source in facts.sources),
         f"Made by raysynth {__version__}; bundle trained on store snapshot {facts.snapshot}.",
     ]
-
-
-def limits(
-    found: dict[str, Any],
-    detail: tuple[float, float | None],
-    frames: Sequence[Tile],
-    losses: Losses,
-) -> dict[str, str]:
-    """For each picture a sentence on what is still wrong, from the figures themselves."""
-    texts = {}
-    share, sizes = found["adherence"]["synthetic"]["found"], found["sizes"]["synthetic"]
-    real, synthetic = detail
-    gallery = []
-    if synthetic is not None:
-        gallery.append(
-            f"neighbouring lung pixels of synthetic slices differ by {synthetic:.0f} HU on "
-            f"average, of training slices by {real:.0f}: "
-            f"{'fine texture is missing' if synthetic < real else 'there is no less of it'}."
-        )
-    if share is not None:
-        gallery.append(
-            f"In {1 - share:.0%} of the synthetic slices nothing was found where a nodule was "
-            "asked for."
-        )
-    texts["gallery"] = " ".join(gallery)
-    if sizes["n"]:
-        texts["adherence"] = (
-            f"where a nodule was found, its diameter is off by "
-            f"{sizes['median_absolute_error_mm']:.1f} mm in the median."
-        )
-    scores = found["consistency"].get("synthetic", {})
-    unseen = [name for name, one in scores.items() if one["interval"][0] <= 0]
-    texts["consistency"] = (
-        f"not to be told from chance: {', '.join(unseen)}."
-        if unseen
-        else "every score can be seen to some extent."
-    )
-    if len(frames) > 1:
-        moved = np.abs(frames[-1].hu.astype(np.float64) - frames[-2].hu).mean()
-        texts["denoising"] = (
-            f"between the last two pictures pixels still move by {moved:.0f} HU on average."
-        )
-    known = [result for result in found["metrics"].values() if result["floor_interval"]]
-    above = [one for one in known if one["disjoint"]["floor"] and one["value"] > one["floor"]]
-    texts["metrics"] = (
-        f"{len(above)} of {len(known)} distances lie above their floor with disjoint intervals."
-        if known
-        else "with so few patients no floor has an interval, so nothing is known to reach it."
-    )
-    changes = []
-    for name, (_, loss) in losses.items():
-        tenth = len(loss) // 10
-        if tenth:
-            before, after = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean()
-            changes.append(f"{after / before - 1:+.0%} ({name})")
-    if changes:
-        changed = ", ".join(changes)
-        texts["losses"] = f"over the last tenth of training the loss changed by {changed}."
-    return texts
-
-
-def _detail(samples: SampleSet) -> float | None:
-    """Mean difference of neighbouring lung pixels of a set's first slices, HU; None: no layout."""
-    stop = min(samples.count, samples.rows_per_shard)
-    hu = samples.read("hu", 0, stop).astype(np.float64)
-    lung = np.isin(samples.read("layout", 0, stop), LUNG_LABELS)
-    both = lung[:, :, 1:] & lung[:, :, :-1]
-    return float(np.abs(np.diff(hu, axis=2))[both].mean()) if both.any() else None

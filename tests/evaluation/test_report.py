@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from raysynth.evaluation.judge import MetricResult
-from raysynth.evaluation.report import limits, metric_row
+from raysynth.evaluation.limits import limits
+from raysynth.evaluation.report import metric_row
 from raysynth.report.html import MetricRow
 
 SIZES = {"n": 3, "median_absolute_error_mm": 1.25}

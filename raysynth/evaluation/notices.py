@@ -1,0 +1,72 @@
+"""What a reader must know beside the figures of an evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import zarr
+
+from raysynth.evaluation.judge import MetricResult
+from raysynth.store.reader import SampleSet, case_attrs
+from raysynth.store.splits import is_indicative
+
+MAX_SHARE_GAP = 0.02
+"""By which shares of slices without nodule may differ and still be called the same."""
+
+
+def notices_of(
+    root: zarr.Group,
+    sets: dict[str, SampleSet],
+    patients: dict[str, int],
+    metrics: dict[str, MetricResult],
+) -> list[str]:
+    """Sentences on few patients, phantoms, and unequal or selected samples.
+
+    Args:
+        root: of the store.
+        sets: what was judged.
+        patients: real ones in all, and in the reference.
+        metrics: what came out.
+    """
+    real, synthetic = sets["real"], sets["synthetic"]
+    notices = []
+    kinds = {case_attrs(root, case).source.get("kind") for case in real.attrs["cases"]}
+    if kinds == {"phantom"}:
+        notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
+    elif "phantom" in kinds:
+        notices.append("some patients are phantoms, the others real: use a store for each")
+    if is_indicative(patients["real"]):
+        notices.append(f"indicative only: {patients['real']} patients")
+    if patients["real"] < 2:
+        notices.append("one patient: there is no patient-disjoint floor")
+    few = {
+        key.split("/")[2]: result.reference_patients
+        for key, result in metrics.items()
+        if result.resampled == "samples"
+    }
+    if few:
+        counts = ", ".join(f"{place} {count}" for place, count in sorted(few.items()))
+        notices.append(
+            f"few patients in the reference ({counts}): intervals draw samples instead of patients "
+            "there and are too narrow"
+        )
+    empty, asked_empty = (
+        float(np.mean(samples.index["box"][:, 0] < 0)) for samples in (real, synthetic)
+    )
+    if abs(empty - asked_empty) > MAX_SHARE_GAP:
+        notices.append(
+            f"{empty:.0%} of the slices of patients show no nodule, of the synthetic ones "
+            f"{asked_empty:.0%} were asked for without: distances of whole slices and lungs stay "
+            "above their floor for that"
+        )
+    if (synthetic.index["draws"] > 1).any():
+        most = synthetic.attrs["passport"]["sampling"]["max_draws"]
+        notices.append(
+            f"slices without the nodule asked for were drawn again, up to {most} times: shares "
+            "found, and distances, are those of a selection (controls were drawn once)"
+        )
+    if any(result.n <= result.dim for key, result in metrics.items() if key.startswith("fid/")):
+        notices.append("FID has no more samples than dimensions somewhere: prefer KID there")
+    places = {key.split("/")[2] for key in metrics}
+    if not any(place.startswith("nodule") for place in places):
+        notices.append("too few nodules to judge them apart")
+    return notices

@@ -1,0 +1,161 @@
+"""The sets of samples that are judged: opened, checked, and measured by Ray tasks over shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from raysynth.condition import Box
+from raysynth.config import EvaluationConfig, ExperimentConfig
+from raysynth.config.sampling import DRAWING
+from raysynth.errors import InputError
+from raysynth.evaluation.measure import Measures
+from raysynth.metrics.features import Extractor, load_extractor
+from raysynth.models.bundle import bundle_digest
+from raysynth.progress import progress
+from raysynth.seeding import seed_of
+from raysynth.store.reader import SampleSet, case_attrs, open_group
+from storage_schema.v1 import SPLITS
+
+CONTROLS = ("untrained", "shuffled")
+MAX_SAMPLES = 50_000
+"""Samples measured of a set, whole shards at random: features of all regions stay in memory, 4 kB a
+sample with `ct-conv` and 27 kB with Inception."""
+
+NUM_STRAY_BOXES = 500
+
+
+def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet]:
+    """`real`, `synthetic` and the controls that the store has."""
+    name = config.slices.name
+    sets = {
+        "real": SampleSet(open_group(root, f"samples/{name}")),
+        "synthetic": SampleSet(open_group(root, f"synthetic/{config.name}")),
+    }
+    for control in CONTROLS:
+        group = root.get(f"synthetic/{config.name}_{control}")
+        if isinstance(group, zarr.Group) and config.evaluation.controls:
+            sets[control] = SampleSet(group)
+    real, synthetic = sets["real"], sets["synthetic"]
+    _check_drawn_by(config, synthetic)
+    if real.attrs["intensity"] != "hu":
+        raise InputError(
+            f"sample set {name} has intensity {real.attrs['intensity']!r}, and these metrics are "
+            "of Hounsfield units; evaluate a set cut from HU volumes"
+        )
+    if real.shape != synthetic.shape or not np.isclose(real.pixel_mm, synthetic.pixel_mm):
+        raise InputError(
+            f"synthetic/{config.name} has slices of {synthetic.shape} pixels of "
+            f"{synthetic.pixel_mm:g} mm, samples/{name} {real.shape} of {real.pixel_mm:g} mm: "
+            "evaluate with the set that the model was trained on"
+        )
+    if not np.any(real.index["split"] == SPLITS.index("test")):
+        raise InputError(
+            f"no slice of samples/{name} is of a test patient, so there is nothing to judge by; "
+            "ingest more patients or raise data.split.test"
+        )
+    return sets
+
+
+def _check_drawn_by(config: ExperimentConfig, synthetic: SampleSet) -> None:
+    """The run must come from the bundle and settings that its figures will be ascribed to."""
+    here = config.bundle_path.exists()  # on another machine it may not be
+    if here and synthetic.attrs["bundle"] != bundle_digest(config.bundle_path):
+        raise InputError(
+            f"synthetic/{config.name} was not drawn by the bundle that is at {config.bundle_path} "
+            "now: draw another run (--set name=...), or put its bundle back"
+        )
+    wanted = config.sampling.model_dump(mode="json")
+    for name, stored in synthetic.attrs["passport"].get("sampling", {}).items():
+        if name in DRAWING and stored != wanted[name]:
+            raise InputError(
+                f"synthetic/{config.name} was drawn with sampling.{name} {stored}, the recipe says "
+                f"{wanted[name]}: set it back, or draw another run"
+            )
+
+
+def patients_of(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArray[np.int64]]:
+    """The number of each sample's patient; of a synthetic one, of the patient who lent the layout.
+
+    A sample on nobody's layout is its own patient, with a negative number.
+    """
+    numbers: dict[str, int] = {}
+    patients = {}
+    for name, samples in sets.items():
+        of_case = [
+            numbers.setdefault(case_attrs(root, case).patient_key, len(numbers))
+            for case in samples.attrs["cases"]
+        ]
+        case = samples.index["case" if name == "real" else "source_case"]
+        nobody = -1 - np.arange(len(case))
+        patients[name] = np.where(case >= 0, np.array([*of_case, 0])[case], nobody)
+    return patients
+
+
+def measure_sets(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[str, Measures]:
+    """Measures every set, one Ray task a shard."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(_measure_shard)
+    work = {}
+    for name, samples in sets.items():
+        handle = ray.put(samples)
+        strays = _stray_boxes(samples)
+        for shard in _chosen_shards(samples):
+            future = task.remote(handle, shard, strays, config.evaluation)
+            start, stop = samples.shard_rows(shard)
+            work[future] = name, stop - start
+    measures = {name: Measures() for name in sets}
+    with progress("evaluate", sum(count for _, count in work.values())) as view:
+        pending = list(work)
+        while pending:
+            (done,), pending = ray.wait(pending)
+            name, count = work[done]
+            measures[name].merge(ray.get(done))
+            view.advance(count)
+    return measures
+
+
+def _measure_shard(
+    samples: SampleSet, shard: int, strays: Sequence[Box], config: EvaluationConfig
+) -> Measures:
+    start, stop = samples.shard_rows(shard)
+    measures = Measures()
+    measures.update(
+        start,
+        samples.read("hu", start, stop),
+        samples.read("layout", start, stop),
+        samples.index["box"][start:stop],
+        samples.pixel_mm,
+        _extractors(config.extractors, config.inception_weights),
+        strays,
+    )
+    return measures
+
+
+@lru_cache(maxsize=1)
+def _extractors(names: tuple[str, ...], weights: Path | None) -> tuple[Extractor, ...]:
+    """Loaded once a process: Ray's workers measure many shards."""
+    return tuple(load_extractor(name, weights) for name in names)
+
+
+def _chosen_shards(samples: SampleSet) -> list[int]:
+    """All shards, or as many random ones as hold `MAX_SAMPLES`."""
+    wanted = max(1, MAX_SAMPLES // samples.rows_per_shard)
+    rng = np.random.default_rng(seed_of("shards", samples.num_shards))
+    return sorted(int(shard) for shard in rng.permutation(samples.num_shards)[:wanted])
+
+
+def _stray_boxes(samples: SampleSet) -> Sequence[Box]:
+    """Different boxes of the set, in a random order."""
+    boxes = np.unique(samples.index["box"], axis=0)
+    boxes = boxes[boxes[:, 0] >= 0]
+    order = np.random.default_rng(seed_of("stray boxes", len(boxes))).permutation(len(boxes))
+    return [
+        (int(y0), int(x0), int(y1), int(x1)) for y0, x0, y1, x1 in boxes[order[:NUM_STRAY_BOXES]]
+    ]
