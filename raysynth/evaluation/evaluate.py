@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from raysynth.case import CONDITION_ATTRIBUTES
+from raysynth.case import CONDITION_ATTRIBUTES, Intensity
 from raysynth.condition import Box
 from raysynth.config import EvaluationConfig, ExperimentConfig, HoleFilling
 from raysynth.config.sampling import DRAWING
@@ -45,10 +45,12 @@ from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place
 from raysynth.metrics.features import Extractor, load_extractor
 from raysynth.models.bundle import bundle_digest
 from raysynth.progress import progress
+from raysynth.sampling.adherence import MAX_LUNG_HU, MIN_CONTRAST_HU
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet, case_attrs, open_group
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.splits import is_indicative
+from raysynth.window import LUNG_WINDOW_HU, measurable
 from storage_schema.v1 import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -116,8 +118,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
 
     Raises:
         InputError: no synthetic run, or one of another bundle or settings; no sample set, none of
-            its slices in the test split, grey values without a unit, or an extractor without its
-            weights.
+            its slices in the test split, another intensity, or an extractor without its weights.
     """
     started = time.monotonic()
     for extractor in config.evaluation.extractors:
@@ -131,7 +132,8 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     if isinstance(config.model, HoleFilling):
         # The others are their neighbours: none may be on both sides.
         is_reference &= np.arange(len(is_reference)) % 2 == 0
-    computed = {name: measured.compute() for name, measured in measures.items()}
+    intensity = sets["real"].attrs["intensity"]
+    computed = {name: _told(measured.compute(), intensity) for name, measured in measures.items()}
     metrics = _judge(computed, sets, patients, is_reference, config)
     counts = {
         "real": len(np.unique(patients["real"])),
@@ -183,10 +185,11 @@ def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSe
             sets[control] = SampleSet(group)
     real, synthetic = sets["real"], sets["synthetic"]
     _check_drawn_by(config, synthetic)
-    if real.attrs["intensity"] != "hu":
+    if real.attrs["intensity"] != synthetic.attrs["intensity"]:
         raise InputError(
-            f"sample set {name} has intensity {real.attrs['intensity']!r}, and these metrics are "
-            "of Hounsfield units; evaluate a set cut from HU volumes"
+            f"synthetic/{config.name} has intensity {synthetic.attrs['intensity']!r}, samples/"
+            f"{name} {real.attrs['intensity']!r}: evaluate with the set that the model was trained "
+            "on"
         )
     if real.shape != synthetic.shape or not np.isclose(real.pixel_mm, synthetic.pixel_mm):
         raise InputError(
@@ -268,7 +271,7 @@ def _measure_shard(
     measures = Measures()
     measures.update(
         start,
-        samples.read("hu", start, stop),
+        measurable(samples.read("hu", start, stop), samples.attrs["intensity"]),
         samples.read("layout", start, stop),
         samples.index["box"][start:stop],
         samples.pixel_mm,
@@ -342,6 +345,20 @@ def _judge(
     return results
 
 
+def _told(computed: Computed, intensity: Intensity) -> Computed:
+    """What may be told: of grey values without a unit nothing in HU, and features under a mark.
+
+    A figure of theirs is none to compare with one of images in HU, so its key is another.
+    """
+    if intensity == "hu":
+        return computed
+    return {
+        (region, extractor.replace("@", "-relative@")): found
+        for (region, extractor), found in computed.items()
+        if extractor != HISTOGRAMS
+    }
+
+
 def _cohort(
     config: ExperimentConfig, synthetic: SampleSet, measured: Measures
 ) -> dict[str, dict[str, CohortShare]]:
@@ -410,6 +427,14 @@ def _notices(
         notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
     elif "phantom" in kinds:
         notices.append("some patients are phantoms, the others real: use a store for each")
+    if real.attrs["intensity"] != "hu":
+        low, high = LUNG_WINDOW_HU
+        notices.append(
+            "grey values without a unit: nothing here is in HU. Distances (their keys say "
+            "`relative`) are of the whole grey range; a nodule counts as found where it stands out "
+            f"by {MIN_CONTRAST_HU / (high - low):.0%} of that range from lung in its lower "
+            f"{(MAX_LUNG_HU - low) / (high - low):.0%}"
+        )
     if is_indicative(patients["real"]):
         notices.append(f"indicative only: {patients['real']} patients")
     if patients["real"] < 2:

@@ -13,12 +13,12 @@ import zarr
 from numpy.typing import NDArray
 
 from raysynth import __version__
-from raysynth.case import LUNG_LABELS, Label, Nodule
+from raysynth.case import LUNG_LABELS, Intensity, Label, Nodule
 from raysynth.condition import Box, Condition
 from raysynth.config import ExperimentConfig, Gan, HoleFilling, OfLatents
 from raysynth.config.model import Window
 from raysynth.models.bundle import read_facts
-from raysynth.models.facts import ATTRIBUTION
+from raysynth.models.facts import ATTRIBUTION, BundleFacts
 from raysynth.progress import stage_seconds
 from raysynth.report.html import Estimate, Losses, MetricRow, ReportData, Tile, write_report
 from raysynth.report.pictures import DISPLAY_WINDOW_HU
@@ -30,6 +30,7 @@ from raysynth.store.reader import SampleSet, VolumeAttrs, case_attrs, open_group
 from raysynth.store.repository import open_root
 from raysynth.store.shards import ShardedArray
 from raysynth.training.history import HISTORY_FILE, read_history
+from raysynth.volume import RELATIVE_RANGE
 from storage_schema.v1 import SPLITS
 
 GALLERY_SIZE = 12
@@ -101,8 +102,14 @@ def report(config: ExperimentConfig) -> Path:
             seconds=seconds,
             recipe=yaml.safe_dump(config.shareable(), sort_keys=False),
             attribution=_attribution(config),
-            limits=limits(found, (_detail(real) or 0.0, _detail(synthetic)), frames, losses),
-            window_hu=_display_window(bundle.window_hu),
+            limits=limits(
+                found,
+                (_detail(real) or 0.0, _detail(synthetic)),
+                frames,
+                losses,
+                bundle.intensity,
+            ),
+            window_hu=display_window(bundle),
         ),
         page,
     )
@@ -201,10 +208,15 @@ def _prompt(synthetic: SampleSet, row: int) -> str | None:
     return synthetic.index["prompt"][row].tobytes().rstrip(b"\0").decode() or None
 
 
-def _display_window(window_hu: Window) -> Window:
-    """A model of soft tissue is shown as it sees: in the usual window it would be all grey."""
-    (low, high), (usual_low, usual_high) = window_hu, DISPLAY_WINDOW_HU
-    return window_hu if usual_low <= low and high <= usual_high else DISPLAY_WINDOW_HU
+def display_window(facts: BundleFacts) -> Window:
+    """The window of a model's pictures: of grey values without a unit, all of them.
+
+    A model of soft tissue is shown as it sees: in the usual window it would be all grey.
+    """
+    if facts.intensity != "hu":
+        return RELATIVE_RANGE
+    (low, high), (usual_low, usual_high) = facts.window_hu, DISPLAY_WINDOW_HU
+    return facts.window_hu if usual_low <= low and high <= usual_high else DISPLAY_WINDOW_HU
 
 
 def _first_of(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> PlannedSample:
@@ -386,16 +398,24 @@ def limits(
     detail: tuple[float, float | None],
     frames: Sequence[Tile],
     losses: Losses,
+    intensity: Intensity = "hu",
 ) -> dict[str, str]:
     """For each picture a sentence on what is still wrong, from the figures themselves."""
+
+    def amount(difference: float) -> str:
+        if intensity == "hu":
+            return f"{difference:.0f} HU"
+        low, high = RELATIVE_RANGE
+        return f"{difference / (high - low):.1%} of the grey range"
+
     texts = {}
     share, sizes = found["adherence"]["synthetic"]["found"], found["sizes"]["synthetic"]
     real, synthetic = detail
     gallery = []
     if synthetic is not None:
         gallery.append(
-            f"neighbouring lung pixels of synthetic slices differ by {synthetic:.0f} HU on "
-            f"average, of training slices by {real:.0f}: "
+            f"neighbouring lung pixels of synthetic slices differ by {amount(synthetic)} on "
+            f"average, of training slices by {amount(real)}: "
             f"{'fine texture is missing' if synthetic < real else 'there is no less of it'}."
         )
     if share is not None:
@@ -419,7 +439,7 @@ def limits(
     if len(frames) > 1:
         moved = np.abs(frames[-1].hu.astype(np.float64) - frames[-2].hu).mean()
         texts["denoising"] = (
-            f"between the last two pictures pixels still move by {moved:.0f} HU on average."
+            f"between the last two pictures pixels still move by {amount(moved)} on average."
         )
     known = [result for result in found["metrics"].values() if result["floor_interval"]]
     above = [one for one in known if one["disjoint"]["floor"] and one["value"] > one["floor"]]
