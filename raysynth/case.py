@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.volume import Intensity as Intensity
 from raysynth.volume import Triple, Volume
 from storage_schema.v1 import ATTRIBUTES as ATTRIBUTES
 from storage_schema.v1 import CONDITION_ATTRIBUTES as CONDITION_ATTRIBUTES
 
 Split = Literal["train", "val", "test"]
-Intensity = Literal["hu", "relative"]
 
 CONDITION_COLUMNS = tuple(ATTRIBUTES.index(name) for name in CONDITION_ATTRIBUTES)
 """Where the five scores that guide the attribute models stand among the nine of a reader."""

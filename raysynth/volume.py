@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Triple = tuple[float, float, float]
 
+Intensity = Literal["hu", "relative"]
+"""What values are: Hounsfield units, or grey values of no known unit."""
+
 AIR_HU = -1000
 """What lies outside the scanned field: padding, and samples cut past the edge."""
+
+RELATIVE_RANGE = (AIR_HU, AIR_HU + 4095)
+"""What the lowest and highest value of an image without Hounsfield units become. The lowest is what
+samples cut past the edge are filled with; 4,096 steps keep 8- and 12-bit images apart."""
 
 
 @dataclass(frozen=True)

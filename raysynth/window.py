@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.volume import RELATIVE_RANGE, Intensity
+
 if TYPE_CHECKING:
     import torch
+
+LUNG_WINDOW_HU = (-1000, 400)
+"""Lungs to soft tissue: what measures look at, whatever window a model was trained on."""
 
 Array = TypeVar("Array", NDArray[Any], "torch.Tensor")
 """What comes back is of the kind, and in the place, of what went in."""
@@ -38,6 +43,21 @@ def denormalize(normalized: Array, window_hu: tuple[float, float]) -> Array:
     low, high = window_hu
     hu = (_as_float(normalized).clip(-1.0, 1.0) + 1.0) * ((high - low) / 2.0) + low
     return hu.round().astype(np.int16) if isinstance(hu, np.ndarray) else hu.round().short()
+
+
+def measurable(values: NDArray[np.int16], intensity: Intensity) -> NDArray[np.int16]:
+    """What extractors and the finder of nodules are shown of stored images.
+
+    Hounsfield units as they are. Grey values without a unit are laid on `LUNG_WINDOW_HU`, the ends
+    of `RELATIVE_RANGE` on its ends: thresholds in HU then are shares of the grey range.
+
+    Args:
+        values: as stored, of any shape.
+        intensity: of the set they come from.
+    """
+    if intensity == "hu":
+        return values
+    return denormalize(normalize(values, RELATIVE_RANGE), LUNG_WINDOW_HU)
 
 
 def _as_float(values: Array) -> Array:

@@ -66,6 +66,21 @@ class LidcSource(Section):
     """Share of a nodule's readers who must have drawn a voxel for it to count."""
 
 
+class LidcSlicesSource(Section):
+    """LIDC-IDRI's nodules as PNG crops with readers' masks (Kaggle's zhangweiled/lidcidri).
+
+    Each crop becomes a case of one slice.
+    """
+
+    needs_lung: ClassVar[bool] = False
+    kind: Literal["lidc_slices"] = "lidc_slices"
+    path: Path
+    intensity: Literal["relative"] = "relative"
+    """Each crop's grey values were stretched to 0..255: no Hounsfield units can be had."""
+    consensus_level: float = Field(0.5, gt=0, le=1)
+    """Share of a nodule's readers who must have drawn a pixel for it to count."""
+
+
 class Luna16Source(Section):
     """A folder of LUNA16 volumes (`<SeriesInstanceUID>.mhd` and their data), in any arrangement."""
 
@@ -107,7 +122,7 @@ class ImageSource(Section):
 
 
 Source = Annotated[
-    PhantomSource | LidcSource | Luna16Source | DicomSource | ImageSource,
+    PhantomSource | LidcSource | LidcSlicesSource | Luna16Source | DicomSource | ImageSource,
     Field(discriminator="kind"),
 ]
 

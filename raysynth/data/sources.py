@@ -21,6 +21,7 @@ from raysynth.config import (
     DicomSource,
     ExperimentConfig,
     ImageSource,
+    LidcSlicesSource,
     LidcSource,
     Luna16Source,
     PhantomSource,
@@ -30,7 +31,9 @@ from raysynth.errors import InputError
 from raysynth.formats.dicom import Refused, find_series, read_series
 from raysynth.formats.image import IMAGE_SUFFIXES, labels_of, read_image, volume_of
 from raysynth.formats.lidc import patients_of_series, series_nodules
+from raysynth.formats.lidc_slices import find_crops, patient_of, read_crop
 from raysynth.formats.luna16 import Finding, anatomy_of, nodule_of, read_annotations
+from raysynth.layout.crop import crop_anatomy
 from raysynth.layout.foreign import nodules_of, translate
 from raysynth.phantom.patient import phantom_case
 from raysynth.seeding import fingerprint, load_key, pseudonym
@@ -57,7 +60,7 @@ class CaseRef:
         source: the recipe's section.
         number: of a phantom patient.
         series_uid: of a DICOM series, or what else names the case in its folder.
-        files: of a DICOM series; of others the volume and, if there is one, its label map.
+        files: of a DICOM series; of others the volume and its label maps, if there are any.
         findings: of a LUNA16 volume.
     """
 
@@ -99,6 +102,8 @@ def list_cases(config: ExperimentConfig) -> tuple[list[CaseRef], list[Refusal]]:
             return _list_phantoms(source, config), []
         case LidcSource() | DicomSource() as source:
             return _list_dicom(source, config)
+        case LidcSlicesSource() as source:
+            return _list_crops(source, config), []
         case Luna16Source() as source:
             return _list_luna16(source, config)
         case ImageSource() as source:
@@ -129,6 +134,15 @@ def _read_case(ref: CaseRef) -> Case:
         case DicomSource():
             volume, tags = read_series(ref.files)
             return case(volume, source={"format": "dicom", **tags})
+        case LidcSlicesSource() as source:
+            volume, nodule, lung = read_crop(ref.files, source.consensus_level)
+            return case(
+                volume,
+                (nodule,),
+                outlines=crop_anatomy(volume, nodule, lung),
+                intensity=source.intensity,
+                source={"format": "png"},
+            )
         case Luna16Source() as source:
             volume = volume_of(read_image(ref.files[0]), "hu")
             if source.nodule_mask == "lidc":
@@ -188,6 +202,21 @@ def _list_dicom(
     found = [_Found(one.uid, one.patient_id, one.files) for one in series]
     key = load_key(config.key_path)
     return _refs(source, config, key, found), _by_folder(refused, source.path, key)
+
+
+def _list_crops(source: LidcSlicesSource, config: ExperimentConfig) -> list[CaseRef]:
+    folder = _folder(source.path, "path")
+    crops = find_crops(folder)
+    if not crops:
+        raise InputError(
+            f"data.source.path {source.path} holds no LIDC-IDRI-*/nodule-*/images/slice-*.png: "
+            "give the unpacked folder"
+        )
+    found = [
+        _Found(files[0].relative_to(folder).as_posix(), patient_of(files[0]), files)
+        for files in crops
+    ]
+    return _refs(source, config, load_key(config.key_path), found)
 
 
 def _list_luna16(
@@ -292,7 +321,7 @@ class _Found:
 
 
 def _refs(
-    source: LidcSource | DicomSource | Luna16Source | ImageSource,
+    source: LidcSource | LidcSlicesSource | DicomSource | Luna16Source | ImageSource,
     config: ExperimentConfig,
     key: bytes,
     found: Sequence[_Found],

@@ -12,8 +12,8 @@ from typing import Any
 
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
-from raysynth.evaluation.report import found_share, synthetic_tiles
-from raysynth.models.bundle import load_bundle
+from raysynth.evaluation.report import display_window, found_share, synthetic_tiles
+from raysynth.models.bundle import load_bundle, read_facts
 from raysynth.progress import stage_seconds
 from raysynth.report.html import ComparisonPage, write_comparison
 from raysynth.sampling.batch import plan_run_samples
@@ -111,6 +111,7 @@ def compare(configs: Sequence[ExperimentConfig]) -> Comparison:
             table=table(contenders),
             verdicts=verdicts,
             galleries=pictures,
+            window_hu=display_window(read_facts(configs[0].bundle_path)),
         ),
         page,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.case import CONDITION_ATTRIBUTES
+from raysynth.case import CONDITION_ATTRIBUTES, Intensity
 from raysynth.config import ExperimentConfig, HoleFilling
 from raysynth.evaluation.adherence import (
     AttributeCoverage,
@@ -99,8 +99,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
 
     Raises:
         InputError: no synthetic run, or one of another bundle or settings; no sample set, none of
-            its slices in the test split, grey values without a unit, or an extractor without its
-            weights.
+            its slices in the test split, another intensity, or an extractor without its weights.
     """
     started = time.monotonic()
     for extractor in config.evaluation.extractors:
@@ -114,7 +113,8 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     if isinstance(config.model, HoleFilling):
         # The others are their neighbours: none may be on both sides.
         is_reference &= np.arange(len(is_reference)) % 2 == 0
-    computed = {name: measured.compute() for name, measured in measures.items()}
+    intensity = sets["real"].attrs["intensity"]
+    computed = {name: _told(measured.compute(), intensity) for name, measured in measures.items()}
     metrics = _judge(computed, sets, patients, is_reference, config)
     counts = {
         "real": len(np.unique(patients["real"])),
@@ -192,6 +192,20 @@ def _judge(
     for future in futures:
         results.update(**ray.get(future))
     return results
+
+
+def _told(computed: Computed, intensity: Intensity) -> Computed:
+    """What may be told: of grey values without a unit nothing in HU, and features under a mark.
+
+    A figure of theirs is none to compare with one of images in HU, so its key is another.
+    """
+    if intensity == "hu":
+        return computed
+    return {
+        (region, extractor.replace("@", "-relative@")): found
+        for (region, extractor), found in computed.items()
+        if extractor != HISTOGRAMS
+    }
 
 
 def _cohort(

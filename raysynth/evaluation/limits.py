@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from raysynth.case import LUNG_LABELS
+from raysynth.case import LUNG_LABELS, Intensity
 from raysynth.report.html import Losses, Tile
 from raysynth.store.reader import SampleSet
+from raysynth.volume import RELATIVE_RANGE
 
 
 def limits(
@@ -17,16 +18,24 @@ def limits(
     detail: tuple[float, float | None],
     frames: Sequence[Tile],
     losses: Losses,
+    intensity: Intensity = "hu",
 ) -> dict[str, str]:
     """For each picture a sentence on what is still wrong, from the figures themselves."""
+
+    def amount(difference: float) -> str:
+        if intensity == "hu":
+            return f"{difference:.0f} HU"
+        low, high = RELATIVE_RANGE
+        return f"{difference / (high - low):.1%} of the grey range"
+
     texts = {}
     share, sizes = found["adherence"]["synthetic"]["found"], found["sizes"]["synthetic"]
     real, synthetic = detail
     gallery = []
     if synthetic is not None:
         gallery.append(
-            f"neighbouring lung pixels of synthetic slices differ by {synthetic:.0f} HU on "
-            f"average, of training slices by {real:.0f}: "
+            f"neighbouring lung pixels of synthetic slices differ by {amount(synthetic)} on "
+            f"average, of training slices by {amount(real)}: "
             f"{'fine texture is missing' if synthetic < real else 'there is no less of it'}."
         )
     if share is not None:
@@ -50,7 +59,7 @@ def limits(
     if len(frames) > 1:
         moved = np.abs(frames[-1].hu.astype(np.float64) - frames[-2].hu).mean()
         texts["denoising"] = (
-            f"between the last two pictures pixels still move by {moved:.0f} HU on average."
+            f"between the last two pictures pixels still move by {amount(moved)} on average."
         )
     known = [result for result in found["metrics"].values() if result["floor_interval"]]
     above = [one for one in known if one["disjoint"]["floor"] and one["value"] > one["floor"]]

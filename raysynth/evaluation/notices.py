@@ -6,8 +6,10 @@ import numpy as np
 import zarr
 
 from raysynth.evaluation.judge import MetricResult
+from raysynth.sampling.adherence import MAX_LUNG_HU, MIN_CONTRAST_HU
 from raysynth.store.reader import SampleSet, case_attrs
 from raysynth.store.splits import is_indicative
+from raysynth.window import LUNG_WINDOW_HU
 
 MAX_SHARE_GAP = 0.02
 """By which shares of slices without nodule may differ and still be called the same."""
@@ -34,6 +36,14 @@ def notices_of(
         notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
     elif "phantom" in kinds:
         notices.append("some patients are phantoms, the others real: use a store for each")
+    if real.attrs["intensity"] != "hu":
+        low, high = LUNG_WINDOW_HU
+        notices.append(
+            "grey values without a unit: nothing here is in HU. Distances (their keys say "
+            "`relative`) are of the whole grey range; a nodule counts as found where it stands out "
+            f"by {MIN_CONTRAST_HU / (high - low):.0%} of that range from lung in its lower "
+            f"{(MAX_LUNG_HU - low) / (high - low):.0%}"
+        )
     if is_indicative(patients["real"]):
         notices.append(f"indicative only: {patients['real']} patients")
     if patients["real"] < 2:

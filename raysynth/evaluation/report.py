@@ -19,7 +19,7 @@ from raysynth.config import ExperimentConfig, Gan, HoleFilling, OfLatents
 from raysynth.config.model import Window
 from raysynth.evaluation.limits import detail, limits
 from raysynth.models.bundle import read_facts
-from raysynth.models.facts import ATTRIBUTION
+from raysynth.models.facts import ATTRIBUTION, BundleFacts
 from raysynth.progress import stage_seconds
 from raysynth.report.html import Estimate, Losses, MetricRow, ReportData, Tile, write_report
 from raysynth.report.pictures import DISPLAY_WINDOW_HU
@@ -31,6 +31,7 @@ from raysynth.store.reader import SampleSet, VolumeAttrs, case_attrs, open_group
 from raysynth.store.repository import open_root
 from raysynth.store.shards import ShardedArray
 from raysynth.training.history import HISTORY_FILE, read_history
+from raysynth.volume import RELATIVE_RANGE
 from storage_schema.v1 import SPLITS
 
 GALLERY_SIZE = 12
@@ -102,8 +103,14 @@ def report(config: ExperimentConfig) -> Path:
             seconds=seconds,
             recipe=yaml.safe_dump(config.shareable(), sort_keys=False),
             attribution=_attribution(config),
-            limits=limits(found, (detail(real) or 0.0, detail(synthetic)), frames, losses),
-            window_hu=_display_window(bundle.window_hu),
+            limits=limits(
+                found,
+                (detail(real) or 0.0, detail(synthetic)),
+                frames,
+                losses,
+                bundle.intensity,
+            ),
+            window_hu=display_window(bundle),
         ),
         page,
     )
@@ -202,10 +209,15 @@ def _prompt(synthetic: SampleSet, row: int) -> str | None:
     return synthetic.index["prompt"][row].tobytes().rstrip(b"\0").decode() or None
 
 
-def _display_window(window_hu: Window) -> Window:
-    """A model of soft tissue is shown as it sees: in the usual window it would be all grey."""
-    (low, high), (usual_low, usual_high) = window_hu, DISPLAY_WINDOW_HU
-    return window_hu if usual_low <= low and high <= usual_high else DISPLAY_WINDOW_HU
+def display_window(facts: BundleFacts) -> Window:
+    """The window of a model's pictures: of grey values without a unit, all of them.
+
+    A model of soft tissue is shown as it sees: in the usual window it would be all grey.
+    """
+    if facts.intensity != "hu":
+        return RELATIVE_RANGE
+    (low, high), (usual_low, usual_high) = facts.window_hu, DISPLAY_WINDOW_HU
+    return facts.window_hu if usual_low <= low and high <= usual_high else DISPLAY_WINDOW_HU
 
 
 def _first_of(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> PlannedSample:

@@ -20,6 +20,7 @@ from raysynth.models.bundle import bundle_digest
 from raysynth.progress import progress
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet, case_attrs, open_group
+from raysynth.window import measurable
 from storage_schema.v1 import SPLITS
 
 CONTROLS = ("untrained", "shuffled")
@@ -43,10 +44,11 @@ def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet
             sets[control] = SampleSet(group)
     real, synthetic = sets["real"], sets["synthetic"]
     _check_drawn_by(config, synthetic)
-    if real.attrs["intensity"] != "hu":
+    if real.attrs["intensity"] != synthetic.attrs["intensity"]:
         raise InputError(
-            f"sample set {name} has intensity {real.attrs['intensity']!r}, and these metrics are "
-            "of Hounsfield units; evaluate a set cut from HU volumes"
+            f"synthetic/{config.name} has intensity {synthetic.attrs['intensity']!r}, samples/"
+            f"{name} {real.attrs['intensity']!r}: evaluate with the set that the model was trained "
+            "on"
         )
     if real.shape != synthetic.shape or not np.isclose(real.pixel_mm, synthetic.pixel_mm):
         raise InputError(
@@ -128,7 +130,7 @@ def _measure_shard(
     measures = Measures()
     measures.update(
         start,
-        samples.read("hu", start, stop),
+        measurable(samples.read("hu", start, stop), samples.attrs["intensity"]),
         samples.read("layout", start, stop),
         samples.index["box"][start:stop],
         samples.pixel_mm,

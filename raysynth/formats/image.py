@@ -17,11 +17,7 @@ from raysynth.formats.image_file import Image as Image
 from raysynth.formats.metaimage import read_metaimage
 from raysynth.formats.nifti import read_nifti
 from raysynth.formats.nrrd import read_nrrd
-from raysynth.volume import AIR_HU, Volume
-
-RELATIVE_RANGE = (AIR_HU, AIR_HU + 4095)
-"""What the lowest and highest value of an image without Hounsfield units become. The lowest is what
-samples cut past the edge are filled with; 4,096 steps keep 8- and 12-bit images apart."""
+from raysynth.volume import AIR_HU, RELATIVE_RANGE, Volume
 
 MAX_LABEL = 65535
 

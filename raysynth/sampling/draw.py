@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from raysynth.sampling.adherence import (
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 from raysynth.sampling.planner import PlannedSample
 from raysynth.seeding import seed_of
-from raysynth.window import denormalize
+from raysynth.window import denormalize, measurable
 
 
 class SliceSampler:
@@ -115,9 +116,10 @@ class SliceSampler:
         self, hu: NDArray[np.int16], layout: NDArray[np.uint8], asked: Sequence[PlannedSample]
     ) -> NDArray[np.uint8]:
         """Compact dense things in the lungs of every slice that were not asked for, (n,)."""
+        shown = measurable(hu, self.bundle.intensity)
         counts = [
             count_unrequested(image, labels, one.condition.box, self.bundle.samples.pixel_mm)
-            for image, labels, one in zip(hu, layout, asked, strict=True)
+            for image, labels, one in zip(shown, layout, asked, strict=True)
         ]
         return np.minimum(counts, 255).astype(np.uint8)
 
@@ -145,16 +147,22 @@ class SliceSampler:
         return shown, hu
 
     def measure(self, hu: NDArray[np.int16], asked: Sequence[PlannedSample]) -> list[Measurement]:
-        """Looks in every slice for the nodule that was asked for; without one, for nothing."""
-        pixel_mm = self.bundle.samples.pixel_mm
+        """Looks in every slice for the nodule that was asked for; without one, for nothing.
+
+        Of images without Hounsfield units no contrast is told.
+        """
+        pixel_mm, intensity = self.bundle.samples.pixel_mm, self.bundle.intensity
         measurements = []
-        for image, one in zip(hu, asked, strict=True):
+        for image, one in zip(measurable(hu, intensity), asked, strict=True):
             layout, box = one.condition.layout, one.condition.box
             if box is None:
                 measurements.append(Measurement(False, np.nan, np.nan, np.nan))
                 continue
             lung = None if layout is None else np.isin(layout, NODULE_LUNG_LABELS)
-            measurements.append(find_nodule(image, lung, box, pixel_mm))
+            found = find_nodule(image, lung, box, pixel_mm)
+            measurements.append(
+                found if intensity == "hu" else replace(found, contrast_hu=float("nan"))
+            )
         return measurements
 
     def _requests(self, planned: Iterable[PlannedSample]) -> Iterator[SampleRequest]:

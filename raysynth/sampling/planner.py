@@ -224,18 +224,25 @@ def joint_prior(
     Args:
         config: for the size of pixels, and whether samples show nodules in their largest plane or
             in any.
-        anatomies: layouts to lend; a nodule is drawn into them, wholly inside the lung.
+        anatomies: layouts to lend; a nodule is drawn into them, wholly inside the lung or, where
+            they are crops around nodules, in their middle.
         draw_nodule: which.
     """
     pixel_mm = config.slices.pixel_mm
     all_planes = config.slices.nodule_slices == "all"
+    crops = config.slices.centre == "nodule"
+    middle = np.zeros(config.slices.shape, bool)
+    middle[(config.slices.size // 2,) * 2] = True
 
     def draw(rng: np.random.Generator) -> Drawn | None:
         record, scores = draw_nodule(rng)
         source = int(rng.integers(len(anatomies)))
         diameter_mm = record.diameter_mm * (_section(rng) if all_planes else 1.0)
         radius = diameter_mm / 2 / pixel_mm
-        admissible = admissible_centres(anatomies[source], radius)
+        # A crop's own nodule was in its middle, and is so again, however near the pleura.
+        admissible = admissible_centres(anatomies[source], radius, juxtapleural=crops)
+        if crops:
+            admissible &= middle
         if not admissible.any():
             return None
         centre = _place_near(record, admissible, pixel_mm, rng)

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from raysynth.errors import UnreadableCase
 from raysynth.formats.image import (
     IMAGE_SUFFIXES,
-    RELATIVE_RANGE,
     Image,
     labels_of,
     read_image,
     volume_of,
 )
-from raysynth.volume import AIR_HU, Volume
+from raysynth.volume import AIR_HU, RELATIVE_RANGE, Volume
 from tests.formats.image_files import (
     ORIGIN_MM,
     SHAPE,
