@@ -39,9 +39,11 @@ from raysynth.evaluation.consistency import (
     of_requests,
     train_judges,
 )
+from raysynth.evaluation.fills import FillQuality, fill_quality, next_to, read_holes, with_generated
 from raysynth.evaluation.intervals import Arm
 from raysynth.evaluation.judge import Arms, MetricResult, judge
 from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place
+from raysynth.layout.morphology import Mask
 from raysynth.metrics.features import Extractor, load_extractor
 from raysynth.models.bundle import bundle_digest
 from raysynth.progress import progress
@@ -81,6 +83,7 @@ class EvaluationSummary:
         consistency: how a judge trained on real nodules agrees with the scores asked for, by set
             and attribute; `real`: with the readers of held-out nodules.
         reader_kappa: how far two readers of LIDC agree, by attribute.
+        fills: of models that fill holes, how they lie in their slices, by set.
         samples: stored, by set; at most `MAX_SAMPLES` of each are measured.
         patients: real ones in all, and in the reference.
         indicative: so few patients that every figure is no more than a hint.
@@ -100,6 +103,7 @@ class EvaluationSummary:
     cohort: dict[str, dict[str, CohortShare]]
     consistency: dict[str, dict[str, Agreement]]
     reader_kappa: dict[str, float]
+    fills: dict[str, FillQuality]
     samples: dict[str, int]
     patients: dict[str, int]
     indicative: bool
@@ -126,11 +130,19 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     root = open_root(config.store_url, snapshot)
     sets = _open_sets(root, config)
     patients = _patients(root, sets)
-    measures = _measure(sets, config)
     is_reference = sets["real"].index["split"] == SPLITS.index("test")
+    fills, hole = {}, None
     if isinstance(config.model, HoleFilling):
         # The others are their neighbours: none may be on both sides.
         is_reference &= np.arange(len(is_reference)) % 2 == 0
+        holes = read_holes(config, sets["real"], sets["synthetic"])
+        hole, window_hu = holes.hole, config.model.window_hu
+        fills = {
+            name: fill_quality(samples, holes, patients["synthetic"], window_hu)
+            for name, samples in sets.items()
+            if name != "real"
+        }
+    measures = _measure(sets, config, hole)
     computed = {name: measured.compute() for name, measured in measures.items()}
     metrics = _judge(computed, sets, patients, is_reference, config)
     counts = {
@@ -158,6 +170,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         cohort=_cohort(config, sets["synthetic"], measures["synthetic"]),
         consistency=_consistency(computed, sets, config.seed),
         reader_kappa=between_readers(),
+        fills=fills,
         samples={name: samples.count for name, samples in sets.items()},
         patients=counts,
         indicative=is_indicative(counts["real"]),
@@ -237,8 +250,10 @@ def _patients(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArray
     return patients
 
 
-def _measure(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[str, Measures]:
-    """Measures every set, one Ray task a shard."""
+def _measure(
+    sets: dict[str, SampleSet], config: ExperimentConfig, hole: Mask | None
+) -> dict[str, Measures]:
+    """Measures every set, one Ray task a shard; `hole` is of the run and its controls."""
     import ray
 
     task = ray.remote(num_cpus=1)(_measure_shard)
@@ -247,8 +262,9 @@ def _measure(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[str, 
         handle = ray.put(samples)
         strays = _stray_boxes(samples)
         for shard in _chosen_shards(samples):
-            future = task.remote(handle, shard, strays, config.evaluation)
             start, stop = samples.shard_rows(shard)
+            filled = None if hole is None or name == "real" else hole[start:stop]
+            future = task.remote(handle, shard, strays, config.evaluation, filled)
             work[future] = name, stop - start
     measures = {name: Measures() for name in sets}
     with progress("evaluate", sum(count for _, count in work.values())) as view:
@@ -262,7 +278,11 @@ def _measure(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[str, 
 
 
 def _measure_shard(
-    samples: SampleSet, shard: int, strays: Sequence[Box], config: EvaluationConfig
+    samples: SampleSet,
+    shard: int,
+    strays: Sequence[Box],
+    config: EvaluationConfig,
+    hole: Mask | None,
 ) -> Measures:
     start, stop = samples.shard_rows(shard)
     measures = Measures()
@@ -274,6 +294,7 @@ def _measure_shard(
         samples.pixel_mm,
         _extractors(config.extractors, config.inception_weights),
         strays,
+        hole,
     )
     return measures
 
@@ -311,7 +332,10 @@ def _judge(
     """All metrics, one Ray task a region and extractor."""
     import ray
 
-    if (sets["synthetic"].index["box"] < 0).any():
+    fills = isinstance(config.model, HoleFilling)
+    if fills:
+        computed = computed | {"real": with_generated(computed["real"])}
+    elif (sets["synthetic"].index["box"] < 0).any():
         computed = {
             name: computed[name] | _by_nodule(computed[name], samples)
             for name, samples in sets.items()
@@ -331,8 +355,8 @@ def _judge(
         judged.pop("real")
         if real is None or "synthetic" not in judged:
             continue
-        if isinstance(config.model, HoleFilling):
-            judged["neighbour"] = real.take(_next_to(rows, sets["real"], is_reference))
+        if fills:
+            judged["neighbour"] = real.take(next_to(rows, sets["real"], is_reference))
         arms = Arms(real, real.take(is_reference[rows]), judged)
         draws, seed = config.evaluation.num_bootstrap, config.seed
         futures.append(task.remote(place, arms, draws, seed))
@@ -374,16 +398,6 @@ def _consistency(
             asked = sets[name].index["attributes"][rows]
             found[name] = of_requests(judges, features, asked, seed)
     return {name: agreements for name, agreements in sorted(found.items()) if agreements}
-
-
-def _next_to(
-    rows: NDArray[np.int64], samples: SampleSet, is_reference: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Which of the rows are the slice after one of the reference's, of the same case."""
-    before = rows - 1
-    case = samples.index["case"]
-    same_case: NDArray[np.bool_] = np.isin(before, rows) & (case[before] == case[rows])
-    return same_case & is_reference[before]
 
 
 def _by_nodule(computed: Computed, samples: SampleSet) -> Computed:

@@ -67,6 +67,7 @@ class ReportData:
     requested_scores: NDArray[np.float64]
     reference_scores: NDArray[np.float64]
     consistency: Sequence[Sequence[str]]
+    fills: Sequence[Sequence[str]]
     losses: Losses
     seconds: dict[str, float]
     recipe: str
@@ -103,15 +104,23 @@ class ComparisonPage:
     """What `raysynth compare` shows.
 
     Attributes:
-        table: heading and rows.
+        notices: what a reader must know beside the figures.
+        table: what each recipe costs, heading and rows.
+        distances: heading, and a row for each region.
         verdicts: a sentence for each pair of recipes.
+        real: held-out slices.
         galleries: slices by recipe.
+        window_hu: of the pictures.
     """
 
     title: str
+    notices: Sequence[str]
     table: Sequence[Sequence[str]]
+    distances: Sequence[Sequence[str]]
     verdicts: Sequence[str]
+    real: Sequence[Tile]
     galleries: Mapping[str, Sequence[Tile]]
+    window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
 
 
 def write_report(data: ReportData, path: Path) -> None:
@@ -161,9 +170,10 @@ def write_comparison(data: ComparisonPage, path: Path) -> None:
     _write(
         "compare.html",
         path,
-        DISPLAY_WINDOW_HU,
+        data.window_hu,
         data=data,
-        groups=_groups(data.galleries),
+        real=[_tile(tile, data.window_hu) for tile in data.real],
+        groups=_groups(data.galleries, data.window_hu),
     )
 
 
@@ -184,8 +194,10 @@ def _write(template: str, path: Path, window_hu: tuple[float, float], **values: 
 _GALLERIES = ("nodules", "real", "synthetic", "denoising")
 
 
-def _groups(galleries: Mapping[str, Sequence[Tile]]) -> dict[str, list[dict[str, object]]]:
-    return {name: [_tile(tile) for tile in tiles] for name, tiles in galleries.items()}
+def _groups(
+    galleries: Mapping[str, Sequence[Tile]], window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
+) -> dict[str, list[dict[str, object]]]:
+    return {name: [_tile(tile, window_hu) for tile in tiles] for name, tiles in galleries.items()}
 
 
 def _tile(tile: Tile, window_hu: tuple[float, float] = DISPLAY_WINDOW_HU) -> dict[str, object]:
