@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
-from raysynth.evaluation.report import display_window, found_share, synthetic_tiles
+from raysynth.evaluation.regions import GENERATED
+from raysynth.evaluation.report import (
+    display_window,
+    fill_texts,
+    found_share,
+    real_tiles,
+    synthetic_tiles,
+)
 from raysynth.models.bundle import load_bundle, read_facts
 from raysynth.progress import stage_seconds
 from raysynth.report.html import ComparisonPage, write_comparison
+from raysynth.report.pictures import DISPLAY_WINDOW_HU
 from raysynth.sampling.batch import plan_run_samples
 from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.planner import PlannedSample
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 
@@ -35,11 +44,13 @@ class Contender:
         name: of the recipe.
         family: of its model.
         parameters: of the networks that draw, an autoencoder's included.
-        training_seconds: wall time of its training, without its autoencoder's.
+        training_seconds: wall time of its training, without its autoencoder's; 0: not known here.
         seconds_per_image: of a full batch, drawn on one process as the recipe says.
         memory_mib: peak of that process, or of its GPU.
         metrics: by key; see `raysynth.evaluation.judge.MetricResult`.
         adherence: shares of boxes with a nodule, by set.
+        fills: of models that fill holes, how they lie in their slices, by set.
+        notices: what a reader must know beside the figures.
     """
 
     name: str
@@ -50,6 +61,8 @@ class Contender:
     memory_mib: float
     metrics: dict[str, Any]
     adherence: dict[str, Any]
+    fills: dict[str, Any]
+    notices: list[str]
 
 
 @dataclass(frozen=True)
@@ -96,22 +109,27 @@ def compare(configs: Sequence[ExperimentConfig]) -> Comparison:
         InputError: see `check_comparable`.
     """
     check_comparable(configs)
-    contenders = [_contender(config) for config in configs]
+    first = configs[0]
+    root = open_root(first.store_url)
+    real = SampleSet(open_group(root, f"samples/{first.slices.name}"))
+    contenders = [_contender(config, real) for config in configs]
     verdicts = [verdict(one, other) for one, other in combinations(contenders, 2)]
-    folder = configs[0].work_dir / "evaluation"
+    folder = first.work_dir / "evaluation"
     page, path = folder / PAGE, folder / FIGURES
-    root = open_root(configs[0].store_url)
-    pictures = {
-        one.name: synthetic_tiles(SampleSet(open_group(root, f"synthetic/{one.name}")))
-        for one in contenders
-    }
+    windows = {display_window(read_facts(config.bundle_path)) for config in configs}
     write_comparison(
         ComparisonPage(
             title="Recipes beside each other",
+            notices=list(dict.fromkeys(said for one in contenders for said in one.notices)),
             table=table(contenders),
+            distances=distances(contenders),
             verdicts=verdicts,
-            galleries=pictures,
-            window_hu=display_window(read_facts(configs[0].bundle_path)),
+            real=real_tiles(real),
+            galleries={
+                one.name: synthetic_tiles(SampleSet(open_group(root, f"synthetic/{one.name}")))
+                for one in contenders
+            },
+            window_hu=windows.pop() if len(windows) == 1 else DISPLAY_WINDOW_HU,
         ),
         page,
     )
@@ -121,33 +139,52 @@ def compare(configs: Sequence[ExperimentConfig]) -> Comparison:
 
 
 def table(contenders: Sequence[Contender]) -> list[list[str]]:
-    """Heading and rows; the last row has the floors."""
-    keys = _shared_keys(contenders)
+    """What each recipe costs and whether it does as it is asked: heading and a row for each."""
+    fills = all(one.fills for one in contenders)
     heading = ["recipe", "family", "parameters", "training", "an image", "memory"]
-    heading += [f"{METRIC.upper()} {key.split('/')[2]}" for key in keys]
-    heading += ["nodule where asked", "under another's request"]
+    heading += (
+        ["pixels changed outside the hole", "step across its border", "filled for another slice"]
+        if fills
+        else ["nodule where asked", "under another's request"]
+    )
     rows = [
         [
             one.name,
             one.family,
             f"{one.parameters / 1e6:.2f} M",
-            f"{one.training_seconds:.0f} s",
+            f"{one.training_seconds:.0f} s" if one.training_seconds else "-",
             f"{one.seconds_per_image:.3g} s",
             f"{one.memory_mib:.0f} MiB",
-            *(_cell(one.metrics[key]["value"], one.metrics[key]["interval"]) for key in keys),
-            found_share(one.adherence, "synthetic"),
-            found_share(one.adherence, "shuffled"),
+            *(
+                fill_texts(one.fills)
+                if fills
+                else [found_share(one.adherence, name) for name in ("synthetic", "shuffled")]
+            ),
         ]
         for one in contenders
     ]
-    first = contenders[0]
-    floors = [first.metrics[key] for key in keys]
-    floor_row = ["floor: other patients", *[""] * 5]
-    floor_row += [
-        "-" if floor["floor"] is None else _cell(floor["floor"], floor["floor_interval"])
-        for floor in floors
+    return [heading, *rows]
+
+
+def distances(contenders: Sequence[Contender]) -> list[list[str]]:
+    """Heading, and a row for each region: every recipe beside what real slices reach."""
+    keys = _shared_keys(contenders)
+    metrics = contenders[0].metrics
+    with_neighbours = any(metrics[key].get("neighbour") is not None for key in keys)
+    floors = {"floor": "floor: other patients", "neighbour": "floor: neighbouring slices"}
+    if not with_neighbours:
+        del floors["neighbour"]
+    heading = [f"{METRIC.upper()} of", "N", *(one.name for one in contenders), *floors.values()]
+    rows = [
+        [
+            key.split("/")[2].replace("_", " "),
+            f"{metrics[key]['n']}",
+            *(_cell(one.metrics[key], "value") for one in contenders),
+            *(_cell(metrics[key], floor) for floor in floors),
+        ]
+        for key in keys
     ]
-    return [heading, *rows, [*floor_row, found_share(first.adherence, "real"), ""]]
+    return [heading, *rows]
 
 
 def verdict(one: Contender, other: Contender) -> str:
@@ -173,29 +210,47 @@ def verdict(one: Contender, other: Contender) -> str:
 
 
 def _shared_keys(contenders: Sequence[Contender]) -> list[str]:
+    """One key for each region and extractor: with neighbours if it can be, then of the largest N.
+
+    Parts that were generated stand first: the rest of a filled slice is copied, and flatters.
+    """
     keys = [{key for key in one.metrics if key.startswith(f"{METRIC}/")} for one in contenders]
-    return sorted(set.intersection(*keys))
+    metrics = contenders[0].metrics
+    best: dict[str, str] = {}
+    for key in sorted(
+        set.intersection(*keys),
+        key=lambda key: (metrics[key].get("neighbour") is not None, int(key.split("/")[-1])),
+    ):
+        best[key.rpartition("/")[0]] = key
+    return sorted(best.values(), key=lambda key: (f"/{GENERATED}" not in key, key))
 
 
-def _cell(value: float, interval: Sequence[float] | None) -> str:
+def _cell(metric: Mapping[str, Any], column: str) -> str:
+    value = metric.get(column)
+    if value is None:
+        return "-"
+    interval = metric["interval" if column == "value" else f"{column}_interval"]
     if interval is None:
         return f"{value:.3g} (no interval)"
     low, high = interval
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _contender(config: ExperimentConfig) -> Contender:
+def _contender(config: ExperimentConfig, samples: SampleSet) -> Contender:
     import ray
 
     path = config.work_dir / "evaluation" / f"{config.name}.json"
     found = json.loads(path.read_text(encoding="utf-8"))
-    # A process of its own: its peak of memory is not that of the recipe before.
+    size = config.sampling.batch_size
+    few = config.sampling.model_copy(update={"num_samples": size})
+    planned = plan_run_samples(config.model_copy(update={"sampling": few}), samples)
+    # A process of its own, which has planned nothing: its peak of memory is that of drawing.
     task = ray.remote(
         num_cpus=config.sampling.threads_per_actor,
         num_gpus=int(config.sampling.use_gpu),
         max_calls=1,
     )(_draw_a_batch)
-    seconds, memory_mib = ray.get(task.remote(config))
+    seconds, memory_mib = ray.get(task.remote(config, planned))
     bundle = load_bundle(config.bundle_path)
     networks = (bundle.autoencoder, bundle.denoiser, bundle.generator)
     return Contender(
@@ -207,22 +262,22 @@ def _contender(config: ExperimentConfig) -> Contender:
         memory_mib=memory_mib,
         metrics=found["metrics"],
         adherence=found["adherence"],
+        fills=found["fills"],
+        notices=found["notices"],
     )
 
 
-def _draw_a_batch(config: ExperimentConfig) -> tuple[float, float]:
+def _draw_a_batch(
+    config: ExperimentConfig, planned: Sequence[PlannedSample]
+) -> tuple[float, float]:
     """Seconds an image of a full batch after a first one, and the process's peak in MiB."""
     import torch
 
-    size = config.sampling.batch_size
-    few = config.sampling.model_copy(update={"num_samples": size})
-    samples = SampleSet(open_group(open_root(config.store_url), f"samples/{config.slices.name}"))
-    planned = plan_run_samples(config.model_copy(update={"sampling": few}), samples)
-    sampler = SliceSampler(config.bundle_path, few, config.seed)
+    sampler = SliceSampler(config.bundle_path, config.sampling, config.seed)
     sampler.draw(planned)
     started = time.monotonic()
     sampler.draw(planned)
-    seconds = (time.monotonic() - started) / size
+    seconds = (time.monotonic() - started) / len(planned)
     if config.sampling.use_gpu:
         return seconds, torch.cuda.max_memory_allocated() / 2**20
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

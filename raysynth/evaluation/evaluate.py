@@ -33,6 +33,13 @@ from raysynth.evaluation.consistency import (
     of_requests,
     train_judges,
 )
+from raysynth.evaluation.fills import (
+    FillQuality,
+    fill_quality,
+    next_to,
+    read_holes,
+    with_generated,
+)
 from raysynth.evaluation.intervals import Arm
 from raysynth.evaluation.judge import Arms, MetricResult, judge
 from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place
@@ -64,6 +71,7 @@ class EvaluationSummary:
         consistency: how a judge trained on real nodules agrees with the scores asked for, by set
             and attribute; `real`: with the readers of held-out nodules.
         reader_kappa: how far two readers of LIDC agree, by attribute.
+        fills: of models that fill holes, how they lie in their slices, by set.
         samples: stored, by set; at most `sets.MAX_SAMPLES` of each are measured.
         patients: real ones in all, and in the reference.
         indicative: so few patients that every figure is no more than a hint.
@@ -83,6 +91,7 @@ class EvaluationSummary:
     cohort: dict[str, dict[str, CohortShare]]
     consistency: dict[str, dict[str, Agreement]]
     reader_kappa: dict[str, float]
+    fills: dict[str, FillQuality]
     samples: dict[str, int]
     patients: dict[str, int]
     indicative: bool
@@ -108,11 +117,19 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     root = open_root(config.store_url, snapshot)
     sets = open_sets(root, config)
     patients = patients_of(root, sets)
-    measures = measure_sets(sets, config)
     is_reference = sets["real"].index["split"] == SPLITS.index("test")
+    fills, hole = {}, None
     if isinstance(config.model, HoleFilling):
         # The others are their neighbours: none may be on both sides.
         is_reference &= np.arange(len(is_reference)) % 2 == 0
+        holes = read_holes(config, sets["real"], sets["synthetic"])
+        hole, window_hu = holes.hole, config.model.window_hu
+        fills = {
+            name: fill_quality(samples, holes, patients["synthetic"], window_hu)
+            for name, samples in sets.items()
+            if name != "real"
+        }
+    measures = measure_sets(sets, config, hole)
     intensity = sets["real"].attrs["intensity"]
     computed = {name: _told(measured.compute(), intensity) for name, measured in measures.items()}
     metrics = _judge(computed, sets, patients, is_reference, config)
@@ -141,6 +158,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         cohort=_cohort(config, sets["synthetic"], measures["synthetic"]),
         consistency=_consistency(computed, sets, config.seed),
         reader_kappa=between_readers(),
+        fills=fills,
         samples={name: samples.count for name, samples in sets.items()},
         patients=counts,
         indicative=is_indicative(counts["real"]),
@@ -163,7 +181,10 @@ def _judge(
     """All metrics, one Ray task a region and extractor."""
     import ray
 
-    if (sets["synthetic"].index["box"] < 0).any():
+    fills = isinstance(config.model, HoleFilling)
+    if fills:
+        computed = computed | {"real": with_generated(computed["real"])}
+    elif (sets["synthetic"].index["box"] < 0).any():
         computed = {
             name: computed[name] | _by_nodule(computed[name], samples)
             for name, samples in sets.items()
@@ -183,8 +204,8 @@ def _judge(
         judged.pop("real")
         if real is None or "synthetic" not in judged:
             continue
-        if isinstance(config.model, HoleFilling):
-            judged["neighbour"] = real.take(_next_to(rows, sets["real"], is_reference))
+        if fills:
+            judged["neighbour"] = real.take(next_to(rows, sets["real"], is_reference))
         arms = Arms(real, real.take(is_reference[rows]), judged)
         draws, seed = config.evaluation.num_bootstrap, config.seed
         futures.append(task.remote(place, arms, draws, seed))
@@ -240,16 +261,6 @@ def _consistency(
             asked = sets[name].index["attributes"][rows]
             found[name] = of_requests(judges, features, asked, seed)
     return {name: agreements for name, agreements in sorted(found.items()) if agreements}
-
-
-def _next_to(
-    rows: NDArray[np.int64], samples: SampleSet, is_reference: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Which of the rows are the slice after one of the reference's, of the same case."""
-    before = rows - 1
-    case = samples.index["case"]
-    same_case: NDArray[np.bool_] = np.isin(before, rows) & (case[before] == case[rows])
-    return same_case & is_reference[before]
 
 
 def _by_nodule(computed: Computed, samples: SampleSet) -> Computed:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from raysynth.case import LUNG_LABELS
 from raysynth.condition import Box
 from raysynth.evaluation.regions import cut_regions
+from raysynth.layout.morphology import Mask
 from raysynth.metrics.features import Extractor
 from raysynth.metrics.image import TISSUES, tissue_histograms
 from raysynth.metrics.kernel import FeatureTable
@@ -60,6 +61,7 @@ class Measures:
         pixel_mm: float,
         extractors: Sequence[Extractor],
         stray_boxes: Sequence[Box],
+        hole: Mask | None = None,
     ) -> None:
         """Measures consecutive samples.
 
@@ -71,8 +73,9 @@ class Measures:
             pixel_mm: side of a pixel.
             extractors: of features.
             stray_boxes: boxes of other slices, for the chance level of adherence.
+            hole: what of them was filled (n, y, x); None: they have no holes.
         """
-        for region, part in cut_regions(hu, layout, box).items():
+        for region, part in cut_regions(hu, layout, box, hole).items():
             for extractor in extractors:
                 features = extractor(part.hu)
                 self._table(region, extractor.name).update(first_row + part.rows, features)

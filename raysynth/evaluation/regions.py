@@ -8,11 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysynth.layout.holes import ORGANS
+from raysynth.layout.morphology import Mask
+from raysynth.metrics.features import EXTRACTOR_WINDOW_HU
 from raysynth.sampling.adherence import NODULE_LUNG_LABELS
 from raysynth.volume import AIR_HU
 
 SMALL_IMAGE = 96
 """Below this side a crop of 32 pixels would be most of the slice: then it is 16."""
+
+SOFT_TISSUE_HU = (-160.0, 240.0)
+"""The window of abdominal organs: in that of lungs they would be one grey."""
+
+MASKED = {
+    **{name: labels for name, labels in ORGANS.items() if name != "nodule"},
+    "lung": NODULE_LUNG_LABELS,
+}
+"""Organs judged with all else blanked out; of nodules, crops show more."""
+
+GENERATED = "generated_"
+"""Begins the names of regions without a pixel that was copied."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +43,21 @@ class Region:
 
 
 def cut_regions(
-    hu: NDArray[np.int16], layout: NDArray[np.uint8], box: NDArray[np.int16]
+    hu: NDArray[np.int16],
+    layout: NDArray[np.uint8],
+    box: NDArray[np.int16],
+    hole: Mask | None = None,
 ) -> dict[str, Region]:
     """The regions of some slices, by the name they have in metric keys.
 
     * `all`: the slice.
     * `lung`: all but lungs and nodule of the layout is air. The layout of a synthetic slice is what
-      was asked for, so a slice that ignores it shows chest wall there. Likewise `liver`, `kidney`,
-      `spleen` and `tumour`. Slices whose layout lacks the organ are left out.
+      was asked for, so a slice that ignores it shows chest wall there. Slices whose layout lacks
+      the organ are left out.
+    * `liver`, `kidney`, `spleen`, `tumour`: likewise, and the soft-tissue window is stretched over
+      what extractors see.
+    * `generated_lung` and so on, instead of these in slices with holes: only slices whose hole
+      covers the whole organ, so that nothing of it is the patient's.
     * `nodule32` (`nodule16` for slices of less than 96 pixels): a crop around the box that was
       asked for or, of real slices, annotated. Slices without a box are left out.
 
@@ -44,27 +65,41 @@ def cut_regions(
         hu: slices (n, y, x).
         layout: their labels.
         box: their boxes (n, 4), -1 for none.
+        hole: what of them was filled; None: they were drawn (or scanned) as a whole.
     """
     every = np.arange(len(hu))
     boxed = np.flatnonzero(box[:, 0] >= 0)
     size = 32 if min(hu.shape[1:]) >= SMALL_IMAGE else 16
     return {
         "all": Region(hu, every),
-        **_organs(hu, layout),
+        **_organs(hu, layout, hole),
         f"nodule{size}": Region(_crops(hu[boxed], box[boxed], size), boxed),
     }
 
 
-def _organs(hu: NDArray[np.int16], layout: NDArray[np.uint8]) -> dict[str, Region]:
-    organs = {**ORGANS, "lung": NODULE_LUNG_LABELS}
-    del organs["nodule"]  # crops show more of it
+def _organs(
+    hu: NDArray[np.int16], layout: NDArray[np.uint8], hole: Mask | None
+) -> dict[str, Region]:
     regions = {}
-    for name, labels in organs.items():
+    for name, labels in MASKED.items():
         mask = np.isin(layout, labels)
-        rows = np.flatnonzero(mask.any(axis=(1, 2)))
+        shown = mask.any(axis=(1, 2))
+        if hole is not None:
+            shown &= ~(mask & ~hole).any(axis=(1, 2))
+        rows = np.flatnonzero(shown)
         if len(rows):
-            regions[name] = Region(np.where(mask[rows], hu[rows], np.int16(AIR_HU)), rows)
+            seen = hu[rows] if name == "lung" else _stretched(hu[rows])
+            masked = np.where(mask[rows], seen, np.int16(AIR_HU))
+            regions[name if hole is None else GENERATED + name] = Region(masked, rows)
     return regions
+
+
+def _stretched(hu: NDArray[np.int16]) -> NDArray[np.int16]:
+    """The soft-tissue window as wide as the extractors' own."""
+    (low, high), (to_low, to_high) = SOFT_TISSUE_HU, EXTRACTOR_WINDOW_HU
+    share = np.clip((hu - low) / (high - low), 0, 1)
+    stretched: NDArray[np.int16] = np.round(to_low + share * (to_high - to_low)).astype(np.int16)
+    return stretched
 
 
 def _crops(hu: NDArray[np.int16], box: NDArray[np.int16], size: int) -> NDArray[np.int16]:

@@ -80,7 +80,7 @@ def report(config: ExperimentConfig) -> Path:
             facts=_facts(root, found, reference, real, synthetic),
             notices=found["notices"],
             nodules=_nodule_tiles(root, real.attrs["cases"]),
-            real=_real_tiles(real),
+            real=real_tiles(real),
             synthetic=synthetic_tiles(synthetic),
             denoising=frames,
             metrics=[metric_row(key, result) for key, result in found["metrics"].items()],
@@ -99,6 +99,7 @@ def report(config: ExperimentConfig) -> Path:
             requested_scores=_coverage(found, "requested"),
             reference_scores=_coverage(found, "reference"),
             consistency=_consistency(found, reference),
+            fills=_fills(found),
             losses=losses,
             seconds=seconds,
             recipe=yaml.safe_dump(config.shareable(), sort_keys=False),
@@ -165,7 +166,7 @@ def _nodule_tile(root: zarr.Group, number: int, case: VolumeAttrs, nodule: Nodul
     return Tile(hu, outline, None, caption)
 
 
-def _real_tiles(real: SampleSet) -> list[Tile]:
+def real_tiles(real: SampleSet) -> list[Tile]:
     """Held-out slices; those with a nodule first."""
     held_out = real.index["split"] == SPLITS.index("test")
     with_nodule = np.flatnonzero(held_out & (real.index["box"][:, 0] >= 0))
@@ -323,6 +324,41 @@ def _cohort(found: dict[str, Any]) -> dict[str, str]:
 def _mean(count: dict[str, Any]) -> str:
     low, high = count["interval"]
     return f"{count['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+FILLED = {
+    "synthetic": "filled as asked",
+    "shuffled": "filled for another slice",
+    "untrained": "untrained network",
+}
+
+
+def _fills(found: dict[str, Any]) -> list[list[str]]:
+    """Heading and rows of the table of holes; nothing for models that fill none."""
+    if not found["fills"]:
+        return []
+    rows = [
+        [text, _changed(found["fills"][name]), _seam(found["fills"][name])]
+        for name, text in FILLED.items()
+        if name in found["fills"]
+    ]
+    return [["", "pixels changed outside the hole", "step across its border"], *rows]
+
+
+def fill_texts(fills: dict[str, Any]) -> list[str]:
+    """What changed outside the holes, the step across their borders, and that of the control."""
+    return [_changed(fills["synthetic"]), _seam(fills["synthetic"]), _seam(fills.get("shuffled"))]
+
+
+def _changed(fill: dict[str, Any]) -> str:
+    return f"{fill['changed']:,} of {fill['known']:,}"
+
+
+def _seam(fill: dict[str, Any] | None) -> str:
+    if fill is None or fill["seam"] is None:
+        return "-"
+    low, high = fill["seam_interval"]
+    return f"{fill['seam']:.2f} [{low:.2f}, {high:.2f}] times the patient's"
 
 
 def _consistency(found: dict[str, Any], reference: str) -> list[list[str]]:

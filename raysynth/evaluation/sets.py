@@ -15,6 +15,7 @@ from raysynth.config import EvaluationConfig, ExperimentConfig
 from raysynth.config.sampling import DRAWING
 from raysynth.errors import InputError
 from raysynth.evaluation.measure import Measures
+from raysynth.layout.morphology import Mask
 from raysynth.metrics.features import Extractor, load_extractor
 from raysynth.models.bundle import bundle_digest
 from raysynth.progress import progress
@@ -99,8 +100,10 @@ def patients_of(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArr
     return patients
 
 
-def measure_sets(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[str, Measures]:
-    """Measures every set, one Ray task a shard."""
+def measure_sets(
+    sets: dict[str, SampleSet], config: ExperimentConfig, hole: Mask | None = None
+) -> dict[str, Measures]:
+    """Measures every set, one Ray task a shard; `hole` is of the run and its controls."""
     import ray
 
     task = ray.remote(num_cpus=1)(_measure_shard)
@@ -109,8 +112,9 @@ def measure_sets(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[s
         handle = ray.put(samples)
         strays = _stray_boxes(samples)
         for shard in _chosen_shards(samples):
-            future = task.remote(handle, shard, strays, config.evaluation)
             start, stop = samples.shard_rows(shard)
+            filled = None if hole is None or name == "real" else hole[start:stop]
+            future = task.remote(handle, shard, strays, config.evaluation, filled)
             work[future] = name, stop - start
     measures = {name: Measures() for name in sets}
     with progress("evaluate", sum(count for _, count in work.values())) as view:
@@ -124,7 +128,11 @@ def measure_sets(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[s
 
 
 def _measure_shard(
-    samples: SampleSet, shard: int, strays: Sequence[Box], config: EvaluationConfig
+    samples: SampleSet,
+    shard: int,
+    strays: Sequence[Box],
+    config: EvaluationConfig,
+    hole: Mask | None,
 ) -> Measures:
     start, stop = samples.shard_rows(shard)
     measures = Measures()
@@ -136,6 +144,7 @@ def _measure_shard(
         samples.pixel_mm,
         _extractors(config.extractors, config.inception_weights),
         strays,
+        hole,
     )
     return measures
 

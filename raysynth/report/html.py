@@ -68,6 +68,7 @@ class ReportData:
     requested_scores: NDArray[np.float64]
     reference_scores: NDArray[np.float64]
     consistency: Sequence[Sequence[str]]
+    fills: Sequence[Sequence[str]]
     losses: Losses
     seconds: dict[str, float]
     recipe: str
@@ -104,14 +105,21 @@ class ComparisonPage:
     """What `raysynth compare` shows.
 
     Attributes:
-        table: heading and rows.
+        notices: what a reader must know beside the figures.
+        table: what each recipe costs, heading and rows.
+        distances: heading, and a row for each region.
         verdicts: a sentence for each pair of recipes.
+        real: held-out slices.
         galleries: slices by recipe.
+        window_hu: of the pictures.
     """
 
     title: str
+    notices: Sequence[str]
     table: Sequence[Sequence[str]]
+    distances: Sequence[Sequence[str]]
     verdicts: Sequence[str]
+    real: Sequence[Tile]
     galleries: Mapping[str, Sequence[Tile]]
     window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
 
@@ -165,6 +173,7 @@ def write_comparison(data: ComparisonPage, path: Path) -> None:
         path,
         data.window_hu,
         data=data,
+        real=[_tile(tile, data.window_hu) for tile in data.real],
         groups=_groups(data.galleries, data.window_hu),
     )
 

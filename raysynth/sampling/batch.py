@@ -23,7 +23,7 @@ from raysynth.data.units import write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import bundle_digest, read_facts
 from raysynth.sampling.adherence import Measurement
-from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.draw import SliceSampler, paste_known
 from raysynth.sampling.hosts import plan_inpainting
 from raysynth.sampling.planner import NO_SOURCE, PlannedSample, plan_samples, shuffle_conditions
 from raysynth.seeding import fingerprint
@@ -168,6 +168,9 @@ class _Drawer:
         if unit.run.endswith(CONTROL_SUFFIXES):
             # They show what happens without guidance: nothing of them is sorted out.
             hu = self.sampler.draw(drawn, untrained=unit.untrained)
+            # Exchanged requests lend a hole its filling; around it each slice stays its own.
+            for image, one in zip(hu, asked, strict=True):
+                paste_known(image, one.condition)
             measured, draws = self.sampler.measure(hu, asked), np.ones(len(asked), np.uint8)
         else:
             hu, measured, draws = self.sampler.draw_until_found(drawn)
@@ -292,7 +295,7 @@ def _declare(
                 "seed": np.array([one.seed for one in asked], np.uint64),
                 "source_sample": sources,
                 "source_case": np.where(is_lent, samples.index["case"][sources], NO_SOURCE),
-                "copied_fraction": np.array([_copied(drawn.condition) for drawn, _ in plan]),
+                "copied_fraction": np.array([_copied(one.condition) for one in asked]),
             },
         )
 

@@ -81,7 +81,7 @@ class SliceSampler:
                 drawn[row[finished.sample_id]] = finished.x_0
             hu = self._decode(torch.stack(drawn))
         for image, one in zip(hu, planned, strict=True):
-            _paste_known(image, one.condition)
+            paste_known(image, one.condition)
         return hu
 
     def draw_until_found(
@@ -143,7 +143,7 @@ class SliceSampler:
         engine.retire()
         hu = self._decode(torch.stack(frames))
         for image in hu:
-            _paste_known(image, planned.condition)
+            paste_known(image, planned.condition)
         return shown, hu
 
     def measure(self, hu: NDArray[np.int16], asked: Sequence[PlannedSample]) -> list[Measurement]:
@@ -233,7 +233,7 @@ class SliceSampler:
         )
 
 
-def _paste_known(hu: NDArray[np.int16], condition: Condition) -> None:
+def paste_known(hu: NDArray[np.int16], condition: Condition) -> None:
     """Puts the known pixels back as they were: windows clip, and round to whole HU."""
     if condition.known_mask is not None and condition.known_hu is not None:
         np.copyto(hu, condition.known_hu, where=condition.known_mask)

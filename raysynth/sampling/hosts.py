@@ -32,7 +32,9 @@ MAX_DRAWS = 200
 
 
 def plan_inpainting(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSample]:
-    """Plans `sampling.num_samples` holes; the same recipe and set give the same plan.
+    """Plans `sampling.num_samples` holes; the same settings and set give the same holes.
+
+    So recipes beside each other fill the same ones, each with its own noise.
 
     Hosts are slices of test patients, which the model has not seen; donors of new tissue are slices
     of training patients.
@@ -58,7 +60,7 @@ def plan_inpainting(config: ExperimentConfig, samples: SampleSet) -> list[Planne
     plan = []
     for number in range(sampling.num_samples):
         sample_id = f"{config.name}-{number:08d}"
-        rng = np.random.default_rng(seed_of("plan", config.seed, sample_id))
+        rng = np.random.default_rng(seed_of("plan", config.seed, number))
         for _ in range(MAX_DRAWS):
             row = int(rng.choice(rows))
             made = _hole(hosts[row], labels, config, donors, rng)

@@ -68,7 +68,9 @@ Prior = Callable[[np.random.Generator], Drawn | None]
 
 
 def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSample]:
-    """Plans `sampling.num_samples` samples; the same recipe and set give the same plan.
+    """Plans `sampling.num_samples` samples; the same settings and set give the same requests.
+
+    So recipes beside each other are asked for the same, each with its own noise.
 
     Args:
         config: the recipe; its `sampling.prior` chooses the prior.
@@ -144,7 +146,7 @@ def _turn(config: ExperimentConfig, number: int) -> _Turn:
         f"{config.name}-{number:08d}",
         series,
         seed_of("sample", config.seed, first),
-        np.random.default_rng(seed_of("plan", config.seed, first)),
+        np.random.default_rng(seed_of("plan", config.seed, series)),
         changed,
     )
 

@@ -45,3 +45,28 @@ def test_the_lung_region_keeps_what_was_asked_for_as_lung() -> None:
 def test_no_nodule_at_all_gives_an_empty_region() -> None:
     hu, layout, _ = _slices(64)
     assert len(cut_regions(hu, layout, np.full((3, 4), -1, np.int16))["nodule16"].rows) == 0
+
+
+def test_abdominal_organs_are_seen_in_the_soft_tissue_window() -> None:
+    hu, layout, box = _slices(64)
+    layout[:2, 5:15, 5:15] = Label.LIVER
+    hu[0, 5:15, 5:15], hu[1, 5:15, 5:15] = 40, 300
+    liver = cut_regions(hu, layout, box)["liver"]
+    assert liver.rows.tolist() == [0, 1]
+    inside = layout[:2] == Label.LIVER
+    assert (liver.hu[0][inside[0]] == -300).all()  # half of the window, half of -1000 to 400
+    assert (liver.hu[1][inside[1]] == 400).all()
+    assert (liver.hu[~inside] == -1000).all()
+
+
+def test_of_filled_slices_only_organs_that_were_made_in_whole_are_judged() -> None:
+    hu, layout, box = _slices(64)
+    layout[:, 5:15, 5:15] = Label.LIVER
+    layout[:, 5:15, 20:25] = Label.SPLEEN
+    hole = layout == Label.LIVER
+    hole[1, 5, 5] = False  # a pixel of it is the patient's
+    hole[2, 5:15, 20:23] = True
+    regions = cut_regions(hu, layout, box, hole)
+    assert regions["generated_liver"].rows.tolist() == [0, 2]
+    assert not {"liver", "generated_spleen", "generated_lung"} & set(regions)
+    assert len(regions["all"].rows) == 3

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,11 +67,12 @@ def _warm_up() -> None:
     ray.get([ray.remote(num_cpus=1)(load).remote() for _ in range(2)])
 
 
-def _judge(name: str, work_dir: Path) -> None:
+def _judge(name: str, work_dir: Path) -> dict[str, Any]:
     run("evaluate", name, work_dir)
     judged = json.loads((work_dir / "evaluation" / f"{name}.json").read_text())
     assert judged["metrics"]
     assert all(math.isfinite(result["value"]) for result in judged["metrics"].values())
+    return judged
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,10 @@ def test_holes_are_filled_and_all_else_is_kept(abdomen: Path, name: str) -> None
         assert (new > old[drawn.index["source_sample"]]).all()
     assert validate(abdomen / "store", full=True) == []
     if name in JUDGED:
-        _judge(name, abdomen)
+        judged = _judge(name, abdomen)
+        assert set(judged["fills"]) == {"synthetic", "untrained", "shuffled"}
+        assert all(fill["changed"] == 0 for fill in judged["fills"].values())
+        assert all(fill["known"] > 0 for fill in judged["fills"].values())
 
 
 def test_the_demo_sums_itself_up(tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from raysynth.case import Label
-from raysynth.report.html import MetricRow, ReportData, Tile, write_report
+from raysynth.report.html import (
+    ComparisonPage,
+    MetricRow,
+    ReportData,
+    Tile,
+    write_comparison,
+    write_report,
+)
 from raysynth.report.pictures import grey, overlay_svg
 
 
@@ -44,6 +51,7 @@ def _data() -> ReportData:
         requested_scores=np.full((1, 5), 0.2),
         reference_scores=np.full((1, 5), 0.2),
         consistency=[["score", "synthetic"], ["texture", "0.41 [0.3, 0.5]"]],
+        fills=[["", "step"], ["filled as asked", "1.02 times"]],
         losses={"model": (seen, np.exp(-seen))},
         seconds={"train": 1.5},
         recipe="name: run",
@@ -65,12 +73,37 @@ def test_the_page_needs_nothing_from_outside_and_shows_everything(tmp_path: Path
         "fid/slice/all/x@1/8",
         "2 [1.5, 2.5]",
         "0.41 [0.3, 0.5]",
+        "1.02 times",
         "0.125 (no interval)",
         "made from nothing",
     ):
         assert text in page
     assert page.count("<svg") >= 6
     assert not list(path.parent.glob("*.part"))
+
+
+def test_a_comparison_shows_patients_and_recipes_in_the_window_of_the_models(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "compare.html"
+    write_comparison(
+        ComparisonPage(
+            title="beside each other",
+            notices=["all patients are phantoms"],
+            table=[["recipe", "an image"], ["one", "0.1 s"]],
+            distances=[["FID of", "one", "floor: neighbouring slices"], ["liver", "2", "1"]],
+            verdicts=["one is closer"],
+            real=[_tile("a patient")],
+            galleries={"one": [_tile("a drawing")]},
+            window_hu=(-160, 240),
+        ),
+        path,
+    )
+    page = path.read_text()
+    assert "Window -160 to 240 HU" in page
+    for text in ("all patients are phantoms", "a patient", "a drawing", "one is closer", "copied"):
+        assert text in page
+    assert page.count("<table>") == 2
 
 
 def test_the_overlay_lies_on_its_pixels() -> None:

@@ -130,6 +130,15 @@ def test_shuffling_leaves_nobody_with_its_own_request(config: ExperimentConfig) 
     assert all(a.condition is not b.condition for a, b in zip(plan, shuffled, strict=True))
 
 
+def test_recipes_of_other_names_ask_for_the_same_with_other_noise() -> None:
+    one, other = (
+        plan_samples(_text_recipe().model_copy(update={"name": name}), NO_SAMPLES)
+        for name in ("one", "other")
+    )
+    assert [a.condition for a in one] == [b.condition for b in other]
+    assert all(a.seed != b.seed for a, b in zip(one, other, strict=True))
+
+
 def test_a_lent_layout_keeps_no_nodule() -> None:
     layout = _anatomy()
     layout[30:34, 18:22] = Label.NODULE

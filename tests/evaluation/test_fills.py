@@ -1,0 +1,91 @@
+"""A filling that fits cannot be told at the hole's border; another slice's can."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import zarr
+
+from raysynth.evaluation.fills import Holes, border_steps, fill_quality, with_generated
+from raysynth.store.reader import SampleSet, open_group
+from raysynth.store.repository import open_root
+from raysynth.store.run import StoreRun
+from raysynth.store.writer import create_sample_set, set_index, write_rows
+from storage_schema.v1 import synthetic_run
+
+N, SIZE, WINDOW = 12, 16, (-160.0, 240.0)
+Y, X = np.mgrid[:SIZE, :SIZE]
+HOLE = np.zeros((N, SIZE, SIZE), bool)
+HOLE[:, 4:10, 5:12] = True
+HOSTS = np.stack([60 + 3 * number + 2 * Y + X for number in range(N)]).astype(np.int16)
+PATIENTS = np.arange(N) // 2
+
+
+def _write(root: zarr.Group, name: str, hu: np.ndarray) -> None:
+    attributes = {
+        "kind": "slices",
+        "intensity": "hu",
+        "parent_snapshot": "none",
+        "cases": [],
+        "pixel_mm": 5.0,
+        "bundle": "b" * 64,
+        "plan": "p" * 12,
+        "source_set": "slices",
+        "passport": {},
+    }
+    group = create_sample_set(
+        root, f"synthetic/{name}", synthetic_run(len(hu), hu.shape[1:]), attributes
+    )
+    set_index(group, {"draws": np.ones(len(hu))})
+    write_rows(group, 0, {"hu": hu, "layout": np.zeros(hu.shape, np.uint8)})
+
+
+def _filled(offset: int, rows: int = N) -> np.ndarray:
+    return np.where(HOLE, HOSTS + offset, HOSTS)[:rows].astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SampleSet]:
+    url = str(tmp_path_factory.mktemp("fills") / "store")
+    spilt = _filled(0)
+    spilt[3, 0, 0] += 1
+    runs = {"fits": _filled(0), "bright": _filled(40, rows=6), "spilt": spilt}
+    with StoreRun(url, verb="test", fingerprint="f" * 12) as run:
+        run.declare(lambda root: [_write(root, *one) for one in runs.items()], "fills")
+        run.publish("fills")
+    root = open_root(url)
+    return {name: SampleSet(open_group(root, f"synthetic/{name}")) for name in runs}
+
+
+def test_a_seam_is_a_greater_step_than_the_hosts(sets: dict[str, SampleSet]) -> None:
+    holes = Holes(HOLE, HOSTS)
+    fits, bright, spilt = (fill_quality(one, holes, PATIENTS, WINDOW) for one in sets.values())
+    assert (fits.n, fits.changed, fits.known) == (N, 0, int((~HOLE).sum()))
+    assert fits.seam == 1
+    assert fits.seam_interval == (1, 1)
+    # A host's steps are 2 down a row and 1 along a column; forty on top make them 40 on average.
+    assert bright.n == 6
+    assert bright.changed == 0
+    assert bright.seam == pytest.approx(40 * 26 / (2 * 14 + 12))
+    assert spilt.changed == 1
+
+
+def test_steps_are_those_across_the_border_alone() -> None:
+    image = np.zeros((1, 5, 5))
+    image[0, 2, 2] = 7
+    hole = image > 0
+    assert border_steps(image, hole).tolist() == [4 * 7]
+    hole[0, 2, 3] = True  # nothing is counted between two filled pixels
+    assert border_steps(image, hole).tolist() == [3 * 7]
+    assert border_steps(image, np.zeros_like(hole)).tolist() == [0]
+
+
+def test_the_model_window_is_where_steps_are_measured(sets: dict[str, SampleSet]) -> None:
+    narrow = fill_quality(sets["bright"], Holes(HOLE, HOSTS), PATIENTS, (-160.0, 0.0))
+    assert narrow.seam is None
+
+
+def test_real_organs_are_whole() -> None:
+    found = (np.arange(3), np.zeros((3, 2), np.float32))
+    real = {(region, "x@1"): found for region in ("all", "liver", "nodule16")}
+    assert set(with_generated(real)) - set(real) == {("generated_liver", "x@1")}
