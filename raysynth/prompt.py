@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ OPENING = "axial chest CT"
 SUBJECT = "pulmonary nodule"
 NO_NODULE = f"{OPENING}, no {SUBJECT}"
 PLACES = {Label.LEFT_LUNG: "left lung", Label.RIGHT_LUNG: "right lung"}
+
+CLAUSES = ["margin", "lobulation", "spiculation", "sphericity", "calcification"]
+"""What prompts say after size and texture, in this order."""
 
 DROP_RATE = 0.15
 """Chance of each clause to be left out of a training prompt."""
@@ -111,16 +115,31 @@ def write_prompt(
 
     has_size = diameter_mm is not None and np.isfinite(diameter_mm) and is_said()
     size = f"{diameter_mm:.0f} mm" if has_size else None
-    names = ["margin", "lobulation", "spiculation", "sphericity", "calcification"]
     clauses = [
         " ".join(filter(None, (size, word("texture"), SUBJECT))),
-        *map(word, names + ["malignancy"] * with_malignancy),
+        *map(word, CLAUSES + ["malignancy"] * with_malignancy),
         place if place and is_said() else None,
     ]
     said = [clause for clause in clauses if clause]
     if rng is not None:
         rng.shuffle(said)
     return ", ".join([OPENING, *said])
+
+
+def longest_prompt(length: Callable[[str], int]) -> str:
+    """The longest prompt that a model can be trained on.
+
+    Args:
+        length: of a phrase, such as the number of its tokens.
+    """
+
+    def longest(phrases: Iterable[str]) -> str:
+        return max(phrases, key=length)
+
+    words = {name: longest(chain.from_iterable(WORDS[name])) for name in ("texture", *CLAUSES)}
+    texture = words.pop("texture")
+    place = longest(PLACES.values())
+    return ", ".join([OPENING, f"88 mm {texture} {SUBJECT}", *words.values(), place])
 
 
 def all_words() -> Iterator[str]:

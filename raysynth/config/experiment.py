@@ -12,10 +12,11 @@ from raysynth.config.data import DataConfig, SliceSamples
 from raysynth.config.evaluation import EvaluationConfig
 from raysynth.config.model import (
     Diffusion,
+    FromFolder,
     HoleFilling,
     ModelConfig,
     OfLatents,
-    TextDiffusionConfig,
+    TextGuided,
 )
 from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
@@ -88,6 +89,9 @@ class ExperimentConfig(Section):
         if evaluation.inception_weights is not None:
             weights = {"inception_weights": _absolute(evaluation.inception_weights)}
             evaluation = evaluation.model_copy(update=weights)
+        model = self.model
+        if isinstance(model, FromFolder):
+            model = model.model_copy(update={"pretrained": _absolute(model.pretrained)})
         split_list = self.data.split_list and _absolute(self.data.split_list)
         data = {"source": source, "split_list": split_list}
         store = self.store
@@ -98,20 +102,33 @@ class ExperimentConfig(Section):
                 "work_dir": _absolute(self.work_dir),
                 "store": store,
                 "data": self.data.model_copy(update=data),
+                "model": model,
                 "evaluation": evaluation,
             }
         )
 
     def shareable(self) -> dict[str, Any]:
-        """The recipe as JSON values without the places of this machine, which may name people."""
+        """The recipe as JSON values without the places of this machine, which may name people.
+
+        Nor is there what the files at these places say.
+        """
         local: dict[str, Any] = {
             "work_dir": True,
             "store": True,
             "data": {"source": {"path", "annotations", "lungs", "labels"}, "split_list": True},
-            "model": {"autoencoder"},
+            "model": {"autoencoder", "pretrained", "network", "networks"},
             "evaluation": {"inception_weights"},
         }
         return self.model_dump(mode="json", exclude=local)
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> ExperimentConfig:
+        if not self.training.max_seen_samples and not isinstance(self.model, FromFolder):
+            raise ValueError(
+                f"training.max_seen_samples 0 with model.family {self.model.family}: only weights "
+                "that are pretrained are of use without training"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_no_control(self) -> ExperimentConfig:
@@ -149,10 +166,10 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _requests_fit_model(self) -> ExperimentConfig:
         sampling, family = self.sampling, self.model.family
-        if sampling.prompts and not isinstance(self.model, TextDiffusionConfig):
+        if sampling.prompts and not isinstance(self.model, TextGuided):
             raise ValueError(
                 f"sampling.prompts with model.family {family}, which hears no words: leave them "
-                "out, or use a text_diffusion recipe"
+                "out, or use a text_diffusion or stable_diffusion recipe"
             )
         if (sampling.cohort or sampling.counterfactual) and isinstance(self.model, HoleFilling):
             raise ValueError(

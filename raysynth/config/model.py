@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from raysynth.config.base import Section
+from raysynth.config.pretrained import (
+    Network,
+    downsampling_of,
+    latent_channels_of,
+    latent_scale_of,
+    read_autoencoder,
+    read_stable_diffusion,
+)
 
 Window = tuple[float, float]
 
@@ -76,14 +85,53 @@ class VQVAEConfig(Autoencoder):
     commitment_weight: float = Field(0.25, ge=0)
 
 
-class Diffusion(Section):
-    """Fields that all diffusion models share: the U-Net and the noise it is trained with."""
+class PretrainedAutoencoderConfig(OfImages):
+    """An autoencoder from a diffusers folder, frozen unless it is trained on.
 
-    channels: tuple[PositiveInt, ...] = Field((128, 256, 384, 512), min_length=1)
-    attention_levels: tuple[bool, ...] = (False, True, True, True)
-    num_res_blocks: int = Field(2, ge=1)
-    num_head_channels: int = Field(32, ge=1)
-    norm_num_groups: int = Field(32, ge=1)
+    Of a model of three colours, images are repeated over them and the outputs averaged.
+    """
+
+    family: Literal["pretrained_autoencoder"] = "pretrained_autoencoder"
+    window_hu: Window = (-1000.0, 2500.0)
+    pretrained: Path
+    """Folder of a VQModel or AutoencoderKL: config.json and safetensors."""
+    network: Network | None = None
+    """The folder's config.json, from which it is read as soon as the folder is there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_folder(cls, values: Any) -> Any:
+        return _with_folder(values, lambda folder: {"network": read_autoencoder(folder)})
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the folder was there to be read."""
+        return self.network is not None
+
+    @property
+    def downsampling(self) -> int:
+        """Factor by which a latent is smaller than its image, per axis; 1 while unknown."""
+        return 1 if self.network is None else downsampling_of(self.network)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        assert self.network is not None
+        return latent_channels_of(self.network)
+
+    @property
+    def latent_scale(self) -> float | None:
+        """The published factor on latents; None: to be measured."""
+        assert self.network is not None
+        return latent_scale_of(self.network)
+
+
+AutoencoderConfig = AutoencoderKLConfig | VQVAEConfig | PretrainedAutoencoderConfig
+
+
+class Diffusion(Section):
+    """Fields that all diffusion models share: the noise they are trained with, and the loss."""
+
     num_train_timesteps: int = Field(1000, ge=1)
     schedule: ScheduleName = "scaled_linear"
     prediction_type: PredictionType = "epsilon"
@@ -94,22 +142,6 @@ class Diffusion(Section):
     al. 2023 take 5). None: the prediction's own error counts the same at all timesteps."""
     condition_drop: float = Field(0.1, ge=0, lt=1)
     """Share of training samples whose condition is dropped, so that guidance is available."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Diffusion:
-        if len(self.channels) != len(self.attention_levels):
-            raise ValueError(
-                f"attention_levels has {len(self.attention_levels)} entries and channels "
-                f"{len(self.channels)}: give one for each level"
-            )
-        for width, attends in zip(self.channels, self.attention_levels, strict=True):
-            if width % self.norm_num_groups or (attends and width % self.num_head_channels):
-                raise ValueError(
-                    f"channels {self.channels}: {width} is not a multiple of norm_num_groups "
-                    f"{self.norm_num_groups} and, with attention, of num_head_channels "
-                    f"{self.num_head_channels}"
-                )
-        return self
 
     @model_validator(mode="after")
     def _prediction_fits_schedule(self) -> Diffusion:
@@ -129,6 +161,32 @@ class Diffusion(Section):
             )
         return self
 
+
+class UNet(Section):
+    """Fields of MONAI's U-Nets."""
+
+    channels: tuple[PositiveInt, ...] = Field((128, 256, 384, 512), min_length=1)
+    attention_levels: tuple[bool, ...] = (False, True, True, True)
+    num_res_blocks: int = Field(2, ge=1)
+    num_head_channels: int = Field(32, ge=1)
+    norm_num_groups: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> UNet:
+        if len(self.channels) != len(self.attention_levels):
+            raise ValueError(
+                f"attention_levels has {len(self.attention_levels)} entries and channels "
+                f"{len(self.channels)}: give one for each level"
+            )
+        for width, attends in zip(self.channels, self.attention_levels, strict=True):
+            if width % self.norm_num_groups or (attends and width % self.num_head_channels):
+                raise ValueError(
+                    f"channels {self.channels}: {width} is not a multiple of norm_num_groups "
+                    f"{self.norm_num_groups} and, with attention, of num_head_channels "
+                    f"{self.num_head_channels}"
+                )
+        return self
+
     @property
     def downsampling(self) -> int:
         """Factor by which the U-Net's deepest level is smaller than its input, per axis."""
@@ -142,7 +200,7 @@ class OfLatents(Diffusion):
     """Bundle of a trained autoencoder; a relative path starts at the recipe's work_dir."""
 
 
-class LatentDiffusionConfig(OfLatents):
+class LatentDiffusionConfig(OfLatents, UNet):
     """2D latent diffusion guided by a nodule box, attributes and the lungs (system A)."""
 
     family: Literal["latent_diffusion"] = "latent_diffusion"
@@ -153,7 +211,11 @@ class LatentDiffusionConfig(OfLatents):
     """`single`: the published one-vector context. `tokens`: one token a mask patch and score."""
 
 
-class TextDiffusionConfig(OfLatents):
+class TextGuided(OfLatents):
+    """A field of diffusion models that are told a prompt, and nothing else."""
+
+
+class TextDiffusionConfig(TextGuided, UNet):
     """2D latent diffusion guided by a prompt (system B, for want of Stable Diffusion's weights)."""
 
     family: Literal["text_diffusion"] = "text_diffusion"
@@ -172,7 +234,40 @@ class TextDiffusionConfig(OfLatents):
         return self
 
 
-class SemanticDiffusionConfig(Diffusion, OfImages):
+class StableDiffusionConfig(TextGuided):
+    """Stable Diffusion v1 or v2, fine-tuned from a diffusers folder (system B).
+
+    Text encoder and autoencoder stay as they are. `num_train_timesteps`, `schedule` and
+    `prediction_type` are those of the folder's scheduler.
+    """
+
+    family: Literal["stable_diffusion"] = "stable_diffusion"
+    pretrained: Path
+    """Folder of a StableDiffusionPipeline. Its `vae`, as a bundle, is the `autoencoder`."""
+    tuning: Literal["lora", "full"] = "lora"
+    """Train low-rank updates of the attention's projections (Hu et al. 2022), or all of the U-Net.
+    Updates are added to the weights in the bundle."""
+    lora_rank: int = Field(16, ge=1)
+    networks: dict[Literal["unet", "text_encoder", "vae"], Network] = Field(default_factory=dict)
+    """Each part's config.json, read from the folder as soon as it is there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_folder(cls, values: Any) -> Any:
+        return _with_folder(values, read_stable_diffusion)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the folder was there to be read."""
+        return bool(self.networks)
+
+    @property
+    def downsampling(self) -> int:
+        """Factor by which the U-Net's deepest level is smaller than its input; 1 while unknown."""
+        return downsampling_of(self.networks["unet"]) if self.networks else 1
+
+
+class SemanticDiffusionConfig(Diffusion, UNet, OfImages):
     """2D diffusion of pixels, the layout's labels in the decoder's normalisations (system C)."""
 
     family: Literal["semantic_diffusion"] = "semantic_diffusion"
@@ -189,7 +284,7 @@ class HoleFilling(Section):
     """What holes are made of, each organ alone or several in one hole."""
 
 
-class InpaintingConfig(Diffusion, OfImages, HoleFilling):
+class InpaintingConfig(Diffusion, UNet, OfImages, HoleFilling):
     """2D diffusion of pixels that fills holes of slices (system E)."""
 
     family: Literal["inpainting"] = "inpainting"
@@ -242,18 +337,36 @@ class Pix2PixConfig(Gan, HoleFilling):
 
 
 DiffusionConfig = (
-    LatentDiffusionConfig | TextDiffusionConfig | SemanticDiffusionConfig | InpaintingConfig
+    LatentDiffusionConfig
+    | TextDiffusionConfig
+    | StableDiffusionConfig
+    | SemanticDiffusionConfig
+    | InpaintingConfig
 )
 GanConfig = SpadeGanConfig | Pix2PixConfig
 
 ModelConfig = Annotated[
-    AutoencoderKLConfig
-    | VQVAEConfig
-    | LatentDiffusionConfig
-    | TextDiffusionConfig
-    | SemanticDiffusionConfig
-    | InpaintingConfig
-    | SpadeGanConfig
-    | Pix2PixConfig,
+    AutoencoderConfig | DiffusionConfig | GanConfig,
     Field(discriminator="family"),
 ]
+
+FromFolder = PretrainedAutoencoderConfig | StableDiffusionConfig
+"""Models that start from published weights."""
+
+
+def _with_folder(values: Any, read: Callable[[Path], dict[str, Any]]) -> Any:
+    """A section's values and, if its folder is there, what that says; a bundle has no folder.
+
+    Raises:
+        ValueError: the folder cannot be used, or says something else than the values.
+    """
+    folder = values.get("pretrained") if isinstance(values, dict) else None
+    if not isinstance(folder, str | Path) or not Path(folder).expanduser().is_dir():
+        return values
+    said = read(Path(folder).expanduser())
+    for name, value in said.items():
+        if (values.get(name) or value) != value:
+            raise ValueError(
+                f"{name} {values[name]!r}, but {folder} was trained with {value!r}: leave it out"
+            )
+    return {**values, **said}

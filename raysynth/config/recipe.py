@@ -99,6 +99,8 @@ def _walk(place: list[str]) -> tuple[tuple[type[BaseModel], ...], list[str]]:
         path.append(part)
         fields = [model.model_fields[part] for model in sections if part in model.model_fields]
         sections = _models(fields[0].annotation) if fields else ()
+    if any(_tag(model) == place[-1] for model in sections):  # all of the section is to blame
+        return sections, path
     return sections, [*path, place[-1]]
 
 

@@ -16,7 +16,8 @@ class TrainingConfig(Section):
     """Samples per optimizer step over all workers; the result does not depend on their number."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Samples per forward pass of one worker; smaller saves memory. None: as large as possible."""
-    max_seen_samples: int = Field(640_000, ge=1)
+    max_seen_samples: int = Field(640_000, ge=0)
+    """0 leaves pretrained weights as they were published."""
     max_seconds: float | None = Field(None, gt=0)
     """Stop early, with a bundle, after so long (a laptop, a queue's time limit)."""
     num_workers: int = Field(1, ge=1)

@@ -13,7 +13,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from raysynth.config import ExperimentConfig, OfLatents
+from raysynth.config import ExperimentConfig, OfLatents, PretrainedAutoencoderConfig
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import Bundle, load_bundle
@@ -39,7 +39,8 @@ class EncodeSummary:
     Attributes:
         samples: encoded, all of the set.
         latent_shape: (c, h, w) of one of them.
-        latent_scale: 1 / standard deviation over training samples: what networks see is times this.
+        latent_scale: what networks see is times this: 1 / standard deviation over training
+            samples, or the factor published with the autoencoder.
         seconds: wall time; next to nothing if the latents were there already.
         snapshot: of the store that has them all.
     """
@@ -173,12 +174,14 @@ def _measure(encoder: _Encoder, samples: SampleSet) -> tuple[float, tuple[int, .
     """1 / standard deviation of all latents of some training samples, and the shape of one.
 
     The factor of Rombach et al. 2022 (High-Resolution Image Synthesis with Latent Diffusion Models,
-    appendix G), so that networks see latents of unit variance.
+    appendix G), so that networks see latents of unit variance. A published factor stays.
     """
     rows = samples.training_rows()
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SCALE_SAMPLES)).astype(int)]
     encoded = np.concatenate(list(_encode_rows(encoder, samples, chosen))).astype(np.float64)
-    return float(1.0 / encoded.std()), encoded.shape[1:]
+    config = encoder.bundle.facts.autoencoder_config
+    published = config.latent_scale if isinstance(config, PretrainedAutoencoderConfig) else None
+    return published or float(1.0 / encoded.std()), encoded.shape[1:]
 
 
 def _encode_rows(

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raysynth.config.model import AutoencoderKLConfig, VQVAEConfig
+from raysynth.config.model import (
+    AutoencoderConfig,
+    AutoencoderKLConfig,
+    PretrainedAutoencoderConfig,
+    VQVAEConfig,
+)
 from raysynth.models.monai import AutoencoderKL
+
+KL_WEIGHT, COMMITMENT_WEIGHT = 1e-6, 0.25
+"""Of published autoencoders that are trained on: the defaults of our own."""
 
 MAX_CELLS = 16_384
 """Latent cells compared with a codebook at once: half a gigabyte of distances to 8,192 codes."""
@@ -64,7 +72,12 @@ class KLAutoencoder(Autoencoder):
 
     def encode(self, x: Tensor) -> Tensor:
         """The mean of the latent distribution."""
-        return self.network.encode(x)[0]
+        return self.moments(x)[0]
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of images."""
+        mean, sigma = self.network.encode(x)
+        return mean, sigma
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents."""
@@ -72,10 +85,30 @@ class KLAutoencoder(Autoencoder):
 
     def training_terms(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Reconstruction and gradient error, and KL to a standard normal, summed over a sample."""
-        mean, sigma = (moment.float() for moment in self.network.encode(x))
-        reconstruction = self.network.decode(mean + sigma * noise)
+        mean, sigma = (moment.float() for moment in self.moments(x))
+        reconstruction = self.decode(mean + sigma * noise)
         kl = 0.5 * (mean.square() + sigma.square() - 2 * sigma.log() - 1).flatten(1).sum(1).mean()
         return {**reconstruction_terms(reconstruction, x), "kl": self.kl_weight * kl}
+
+
+class DiffusersKLAutoencoder(KLAutoencoder):
+    """The same idea as diffusers builds it: Stable Diffusion's autoencoder."""
+
+    def __init__(self, network: Any) -> None:
+        """Wraps a diffusers AutoencoderKL of 1 or 3 channels."""
+        Autoencoder.__init__(self)
+        self.latent_channels = network.config.latent_channels
+        self.kl_weight = KL_WEIGHT
+        self.network: Any = network
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of images."""
+        latents = self.network.encode(in_colour(x, self.network)).latent_dist
+        return latents.mean, latents.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents."""
+        return in_grey(self.network.decode(latents).sample)
 
 
 class VQAutoencoder(Autoencoder):
@@ -85,24 +118,12 @@ class VQAutoencoder(Autoencoder):
     nearest code first, so a diffusion model works in a continuous space.
     """
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, network: Any, commitment_weight: float = COMMITMENT_WEIGHT) -> None:
+        """Wraps a diffusers VQModel of 1 or 3 channels."""
         super().__init__()
-        from diffusers import VQModel
-
-        self.latent_channels = config.latent_channels
-        self.commitment_weight = config.commitment_weight
-        levels = len(config.channels)
-        self.network: Any = VQModel(  # type: ignore[no-untyped-call]
-            in_channels=1,
-            out_channels=1,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=config.channels,
-            layers_per_block=config.num_res_blocks,
-            latent_channels=config.latent_channels,
-            num_vq_embeddings=config.num_codes,
-            norm_num_groups=config.norm_num_groups,
-        )
+        self.latent_channels = network.config.vq_embed_dim or network.config.latent_channels
+        self.commitment_weight = commitment_weight
+        self.network: Any = network
 
     @torch.no_grad()
     def spread_codes(self, x: Tensor) -> None:
@@ -118,7 +139,7 @@ class VQAutoencoder(Autoencoder):
 
     def encode(self, x: Tensor) -> Tensor:
         """The encoder's vectors, not yet quantised."""
-        latents: Tensor = self.network.encode(x).latents
+        latents: Tensor = self.network.encode(in_colour(x, self.network)).latents
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -154,8 +175,17 @@ class VQAutoencoder(Autoencoder):
         }
 
     def _decode_codes(self, codes: Tensor) -> Tensor:
-        images: Tensor = self.network.decode(codes, force_not_quantize=True).sample
-        return images
+        return in_grey(self.network.decode(codes, force_not_quantize=True).sample)
+
+
+def in_colour(x: Tensor, network: Any) -> Tensor:
+    """Images (B, 1, y, x) repeated over the channels that a network of photographs has."""
+    return x.expand(-1, network.config.in_channels, -1, -1)
+
+
+def in_grey(images: Tensor) -> Tensor:
+    """The mean of an image's channels, (B, 1, y, x)."""
+    return images.mean(dim=1, keepdim=True)
 
 
 def reconstruction_terms(reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -171,8 +201,44 @@ def reconstruction_terms(reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]
     }
 
 
-def build_autoencoder(config: AutoencoderKLConfig | VQVAEConfig) -> Autoencoder:
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """A fresh autoencoder of the configured family, for axial slices."""
-    if isinstance(config, VQVAEConfig):
-        return VQAutoencoder(config)
-    return KLAutoencoder(config)
+    match config:
+        case AutoencoderKLConfig():
+            return KLAutoencoder(config)
+        case VQVAEConfig():
+            return VQAutoencoder(_vq_model(config), config.commitment_weight)
+        case PretrainedAutoencoderConfig():
+            return of_diffusers(diffusers_class(config).from_config(config.network))
+
+
+def diffusers_class(config: PretrainedAutoencoderConfig) -> Any:
+    """The class of a pretrained autoencoder; others than these two are never built."""
+    from diffusers import AutoencoderKL as DiffusersKL
+    from diffusers import VQModel
+
+    assert config.network is not None
+    return {"VQModel": VQModel, "AutoencoderKL": DiffusersKL}[config.network["_class_name"]]
+
+
+def of_diffusers(network: Any) -> Autoencoder:
+    """The interface around a diffusers VQModel or AutoencoderKL."""
+    is_quantised = network.config["_class_name"] == "VQModel"
+    return VQAutoencoder(network) if is_quantised else DiffusersKLAutoencoder(network)
+
+
+def _vq_model(config: VQVAEConfig) -> Any:
+    from diffusers import VQModel
+
+    levels = len(config.channels)
+    return VQModel(  # type: ignore[no-untyped-call]
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.channels,
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.latent_channels,
+        num_vq_embeddings=config.num_codes,
+        norm_num_groups=config.norm_num_groups,
+    )

@@ -1,8 +1,9 @@
 """A bundle: the folder that holds a trained model and the facts about it.
 
 `bundle.json` (the facts), `autoencoder.safetensors` (not for models of pixels),
-`denoiser.safetensors` or `generator.safetensors` (diffusion models and GANs; EMA weights) and
-`card.md`. Loading one runs no code, and other files in the folder are never opened.
+`denoiser.safetensors` or `generator.safetensors` (diffusion models and GANs; EMA weights),
+`tokenizer.json` (of Stable Diffusion) and `card.md`. Loading one runs no code, needs nothing from
+outside the folder, and other files in it are never opened.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,29 @@ from uuid import uuid4
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from raysynth.case import Intensity
 from raysynth.config.data import SliceSamples
-from raysynth.config.model import Diffusion, DiffusionConfig, Gan, GanConfig, ModelConfig, Window
+from raysynth.config.model import (
+    Diffusion,
+    DiffusionConfig,
+    Gan,
+    GanConfig,
+    ModelConfig,
+    StableDiffusionConfig,
+    Window,
+)
 from raysynth.errors import InputError
 from raysynth.models.autoencoder import Autoencoder, build_autoencoder
 from raysynth.models.denoiser import Denoiser, build_denoiser
-from raysynth.models.facts import AUTOENCODER, SCHEMA, BundleFacts, model_card
+from raysynth.models.facts import AUTOENCODER, DENOISER, SCHEMA, BundleFacts, model_card
 from raysynth.models.gan import Generator, build_generator
 from raysynth.models.space import LatentSpace, PixelSpace, Space
 
-FACTS, CARD = "bundle.json", "card.md"
-DENOISER, GENERATOR = "denoiser.safetensors", "generator.safetensors"
+FACTS, CARD, TOKENIZER = "bundle.json", "card.md", "tokenizer.json"
+GENERATOR = "generator.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Bundle:
         autoencoder: with its weights, in evaluation mode; None for a model of pixels.
         denoiser: likewise; None but for diffusion models.
         generator: likewise; None but for GANs.
+        tokenizer: likewise; None but for Stable Diffusion.
         digest: names the bundle: SHA-256 over its files, in hex.
     """
 
@@ -51,6 +62,7 @@ class Bundle:
     autoencoder: Autoencoder | None
     denoiser: Denoiser | None
     generator: Generator | None
+    tokenizer: Tokenizer | None
     digest: str
 
     @property
@@ -114,6 +126,7 @@ def save_bundle(
     autoencoder: Mapping[str, Tensor] | None = None,
     denoiser: Mapping[str, Tensor] | None = None,
     generator: Mapping[str, Tensor] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> str:
     """Writes a bundle, whole or not at all; an older one at `path` is replaced.
 
@@ -123,12 +136,14 @@ def save_bundle(
         autoencoder: the autoencoder's `state_dict`; None for a model of pixels.
         denoiser: a diffusion model's (averaged) `state_dict`.
         generator: a GAN's.
+        tokenizer: Stable Diffusion's.
 
     Returns:
         The bundle's digest.
     """
     assert (denoiser is not None) == isinstance(facts.model, Diffusion)
     assert (generator is not None) == isinstance(facts.model, Gan)
+    assert (tokenizer is not None) == isinstance(facts.model, StableDiffusionConfig)
     assert (autoencoder is not None) == (facts.autoencoder_config is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}-*"):  # of a killed writer
@@ -142,6 +157,8 @@ def save_bundle(
         for name, weights in files.items():
             if weights is not None:
                 _save_weights(scratch / name, weights)
+        if tokenizer is not None:
+            tokenizer.save(str(scratch / TOKENIZER))
         digest = bundle_digest(scratch)
         if path.exists():
             # A folder cannot be renamed over a full one: for an instant there is none.
@@ -163,18 +180,36 @@ def load_bundle(path: Path) -> Bundle:
         InputError: no bundle there, of an unknown schema, incomplete, or not matching its facts.
     """
     facts = read_facts(path)
-    autoencoder, denoiser, generator = None, None, None
+    autoencoder, denoiser, generator, tokenizer = None, None, None, None
     if facts.autoencoder_config is not None:
         autoencoder = build_autoencoder(facts.autoencoder_config)
         _load_weights(autoencoder, path, AUTOENCODER)
     if isinstance(facts.model, Diffusion):
         channels, size, _ = facts.latent_shape
-        denoiser = build_denoiser(facts.model, channels, size)
+        if isinstance(facts.model, StableDiffusionConfig):
+            tokenizer = load_tokenizer(path)
+        denoiser = build_denoiser(facts.model, channels, size, tokenizer)
         _load_weights(denoiser, path, DENOISER)
     if isinstance(facts.model, Gan):
         generator = build_generator(facts.model, facts.samples.size)
         _load_weights(generator, path, GENERATOR)
-    return Bundle(facts, autoencoder, denoiser, generator, bundle_digest(path))
+    return Bundle(facts, autoencoder, denoiser, generator, tokenizer, bundle_digest(path))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a bundle of Stable Diffusion, without its weights.
+
+    Raises:
+        InputError: it is not there, or damaged.
+    """
+    try:
+        text = (path / TOKENIZER).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"bundle {path}: no {TOKENIZER} there; copy the whole folder") from error
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library has no class of its own for what it cannot read
+        raise InputError(f"bundle {path}: {TOKENIZER} is damaged; copy it again") from error
 
 
 def read_facts(path: Path) -> BundleFacts:
@@ -204,9 +239,14 @@ def read_facts(path: Path) -> BundleFacts:
 
 
 def bundle_digest(path: Path) -> str:
-    """SHA-256 over names and bytes of the bundle's own files, in the order of their names."""
+    """SHA-256 over names and bytes of the bundle's own files."""
+    return files_digest(path, (FACTS, CARD, DENOISER, GENERATOR, AUTOENCODER, TOKENIZER))
+
+
+def files_digest(path: Path, names: Iterable[str]) -> str:
+    """SHA-256 over names and bytes of those files that are there, in the order of their names."""
     digest = hashlib.sha256()
-    for name in sorted((FACTS, CARD, DENOISER, GENERATOR, AUTOENCODER)):
+    for name in sorted(names):
         if (path / name).exists():
             with (path / name).open("rb") as file:
                 content = hashlib.file_digest(file, "sha256")

@@ -1,4 +1,4 @@
-"""The networks of diffusion: MONAI's U-Nets, guided by a `ConditionBatch`."""
+"""The networks of diffusion: MONAI's and diffusers' U-Nets, guided by a `ConditionBatch`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from raysynth.config.model import (
@@ -13,7 +14,9 @@ from raysynth.config.model import (
     InpaintingConfig,
     LatentDiffusionConfig,
     SemanticDiffusionConfig,
+    StableDiffusionConfig,
     TextDiffusionConfig,
+    UNet,
     Window,
 )
 from raysynth.models.conditioner import (
@@ -24,7 +27,7 @@ from raysynth.models.conditioner import (
     one_hot_layout,
 )
 from raysynth.models.monai import SPADE, DiffusionModelUNet, SPADEDiffusionModelUNet
-from raysynth.models.text import TextEncoder
+from raysynth.models.text import TextEncoder, clip_tokens
 from raysynth.window import normalize
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -97,6 +100,41 @@ class TextDenoiser(Denoiser):
         return prediction
 
 
+class StableDenoiser(Denoiser):
+    """Stable Diffusion: prompts in cross-attention, read by a text encoder that stays as it is."""
+
+    def __init__(self, unet: Any, text_encoder: Any, tokenizer: Tokenizer) -> None:
+        """Joins the parts.
+
+        Args:
+            unet: diffusers' UNet2DConditionModel, perhaps with adapters.
+            text_encoder: transformers' CLIPTextModel.
+            tokenizer: fills prompts up to their longest length.
+        """
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder.requires_grad_(False)
+        self.tokenizer = tokenizer
+
+    def encode(self, condition: ConditionBatch) -> EncodedCondition:
+        """The prompts' tokens; without a prompt, those of the empty one.
+
+        Raises:
+            InputError: a prompt is too long.
+        """
+        device = condition.box.device
+        prompts = condition.text or ("",) * len(condition)
+        tokens = torch.tensor(clip_tokens(self.tokenizer, prompts), device=device)
+        with torch.no_grad():
+            context = self.text_encoder(tokens).last_hidden_state
+        return EncodedCondition(torch.empty(len(condition), 0, 1, 1, device=device), context)
+
+    def predict(self, x_t: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
+        """The prediction for conditions that are already encoded."""
+        prediction: Tensor = self.unet(x_t, timestep, encoded.context, return_dict=False)[0]
+        return prediction
+
+
 class InpaintingDenoiser(Denoiser):
     """The image with its hole, and the hole's mask, beside the input (system E)."""
 
@@ -134,16 +172,33 @@ class SemanticDenoiser(Denoiser):
         return prediction
 
 
-def build_denoiser(config: DiffusionConfig, latent_channels: int, latent_size: int) -> Denoiser:
+def build_denoiser(
+    config: DiffusionConfig,
+    latent_channels: int,
+    latent_size: int,
+    tokenizer: Tokenizer | None = None,
+) -> Denoiser:
     """A fresh network.
 
     Args:
         config: widths and the conditioning configuration.
         latent_channels: channels of what is denoised: latents, or an image's one.
         latent_size: cells along its side.
+        tokenizer: of Stable Diffusion; the others need none.
     """
-    shape = _shape(config, latent_channels)
+    shape = _shape(config, latent_channels) if isinstance(config, UNet) else {}
     match config:
+        case StableDiffusionConfig():
+            from diffusers import UNet2DConditionModel
+            from transformers import CLIPTextConfig, CLIPTextModel
+
+            assert tokenizer is not None
+            unet: Any = UNet2DConditionModel
+            return StableDenoiser(
+                unet.from_config(config.networks["unet"]),
+                CLIPTextModel(CLIPTextConfig.from_dict(config.networks["text_encoder"])),
+                tokenizer,
+            )
         case LatentDiffusionConfig():
             conditioner = Conditioner(config, latent_size)
             unet = DiffusionModelUNet(
@@ -176,8 +231,8 @@ def build_denoiser(config: DiffusionConfig, latent_channels: int, latent_size: i
             return InpaintingDenoiser(unet, config.window_hu)
 
 
-def _shape(config: DiffusionConfig, out_channels: int) -> dict[str, Any]:
-    """What all these U-Nets are told."""
+def _shape(config: UNet, out_channels: int) -> dict[str, Any]:
+    """What all U-Nets of MONAI are told."""
     return {
         "spatial_dims": 2,
         "out_channels": out_channels,

@@ -14,15 +14,16 @@ from raysynth.case import Intensity, Split
 from raysynth.config.base import Section
 from raysynth.config.data import SliceSamples
 from raysynth.config.model import (
-    AutoencoderKLConfig,
+    AutoencoderConfig,
+    FromFolder,
     ModelConfig,
     OfLatents,
-    VQVAEConfig,
+    StableDiffusionConfig,
     Window,
 )
 
 SCHEMA = "raysynth-bundle-1"
-AUTOENCODER = "autoencoder.safetensors"
+AUTOENCODER, DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
 
 ATTRIBUTION = {
     "lidc": (
@@ -60,7 +61,7 @@ class BundleFacts(Section):
 
     schema_version: Literal["raysynth-bundle-1"] = "raysynth-bundle-1"
     model: ModelConfig
-    autoencoder: AutoencoderKLConfig | VQVAEConfig | None = Field(None, discriminator="family")
+    autoencoder: AutoencoderConfig | None = Field(None, discriminator="family")
     """Of a latent diffusion model: the configuration of the autoencoder it works in."""
     latent_scale: float = Field(1.0, gt=0)
     """A diffusion model sees encoder output x latent_scale: of standard deviation 1."""
@@ -85,24 +86,36 @@ class BundleFacts(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _autoencoder_lies_beside(cls, values: Any) -> Any:
-        """The recipe's path to its autoencoder means nothing here: the weights are copied in."""
-        model = values.get("model") if isinstance(values, dict) else None
-        if isinstance(model, OfLatents):
-            copied = model.model_copy(update={"autoencoder": Path(AUTOENCODER)})
-            return {**values, "model": copied}
-        return values
+    def _weights_lie_beside(cls, values: Any) -> Any:
+        """The recipe's paths to weights mean nothing here: they are copied in."""
+        if not isinstance(values, dict):
+            return values
+
+        def moved(config: Any) -> Any:
+            beside = {}
+            if isinstance(config, OfLatents):
+                beside["autoencoder"] = Path(AUTOENCODER)
+            if isinstance(config, FromFolder):
+                is_denoiser = isinstance(config, StableDiffusionConfig)
+                beside["pretrained"] = Path(DENOISER if is_denoiser else AUTOENCODER)
+            return config.model_copy(update=beside) if beside else config
+
+        networks = {name: values[name] for name in ("model", "autoencoder") if name in values}
+        return values | {name: moved(config) for name, config in networks.items()}
 
     @model_validator(mode="after")
     def _check(self) -> BundleFacts:
         if isinstance(self.model, OfLatents) != (self.autoencoder is not None):
             raise ValueError("autoencoder: give it for a latent diffusion model, and only then")
+        for config in (self.model, self.autoencoder):
+            if isinstance(config, FromFolder) and not config.is_known:
+                raise ValueError(f"{config.family}: its networks are not described")
         return self
 
     @property
-    def autoencoder_config(self) -> AutoencoderKLConfig | VQVAEConfig | None:
+    def autoencoder_config(self) -> AutoencoderConfig | None:
         """Of the autoencoder: the model itself or what it works in; None: it works on pixels."""
-        if isinstance(self.model, AutoencoderKLConfig | VQVAEConfig):
+        if isinstance(self.model, AutoencoderConfig):
             return self.model
         return self.autoencoder
 
@@ -142,6 +155,12 @@ def model_card(facts: BundleFacts, name: str) -> str:
     patients = ", ".join(f"{count} {split}" for split, count in facts.patients.items())
     attributions = "\n".join(f"- {ATTRIBUTION[source]}." for source in facts.sources)
     versions = ", ".join(f"{library} {text}" for library, text in facts.versions.items())
+    begun = (
+        "- Starts from pretrained weights that were given to raysynth: their licence holds here, "
+        "too. Name\n  them, and what they learned from, before this is shared.\n"
+        if any(isinstance(config, FromFolder) for config in (facts.model, facts.autoencoder))
+        else ""
+    )
     return f"""# {name}
 
 A `{facts.model.family}` model of axial lung-CT slices, trained with raysynth.
@@ -162,7 +181,7 @@ must stay marked as synthetic, and must not be used for diagnosis.**
 
 ## Training
 
-- Samples seen: {facts.seen_samples:,}. Weights: exponential moving average.
+{begun}- Samples seen: {facts.seen_samples:,}. Weights: exponential moving average.
 - Software: {versions}.
 
 ## Metrics

@@ -1,7 +1,8 @@
-"""A small text encoder for prompts of `raysynth.prompt`, trained with the model it guides.
+"""Prompts as tokens: of a small text encoder of our own, and of Stable Diffusion's.
 
-Its vocabulary is closed: the words of that grammar and numbers. So a word it never saw is refused,
-where a large language model would make something of it.
+Our own is for prompts of `raysynth.prompt` and trained with the model it guides. Its vocabulary is
+closed: the words of that grammar and numbers. So a word it never saw is refused, where Stable
+Diffusion makes something of any.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -50,6 +52,24 @@ def tokenize(prompt: str, max_tokens: int) -> list[int]:
             "clauses out"
         )
     return [known[word] for word in words] + [PAD] * (max_tokens - len(words))
+
+
+def clip_tokens(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Numbers of the tokens of prompts, each filled up to the tokenizer's length.
+
+    Raises:
+        InputError: a prompt has more. Nothing is cut off in silence.
+    """
+    assert tokenizer.padding is not None
+    longest = tokenizer.padding["length"]
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if len(row) > longest:
+            raise InputError(
+                f"prompt {prompt!r} is {len(row)} tokens long: this model reads {longest}; leave "
+                "some clauses out"
+            )
+    return rows
 
 
 def _split(prompt: str) -> list[str]:

@@ -244,7 +244,7 @@ def _fresh(bundle: Bundle, seed: int) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("untrained", seed))
         channels, size, _ = bundle.latent_shape
-        return build_denoiser(bundle.diffusion, channels, size)
+        return build_denoiser(bundle.diffusion, channels, size, bundle.tokenizer)
 
 
 def _fresh_generator(bundle: Bundle, seed: int) -> Generator:

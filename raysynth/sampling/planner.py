@@ -8,7 +8,7 @@ keep their correlations, and keeps them inside the lung.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,11 +17,18 @@ from numpy.typing import NDArray
 
 from raysynth.case import ATTRIBUTES, CONDITION_COLUMNS, LUNG_LABELS, Label
 from raysynth.condition import Box, Condition
-from raysynth.config import ExperimentConfig, SliceSamples, TextDiffusionConfig
+from raysynth.config import (
+    ExperimentConfig,
+    SliceSamples,
+    StableDiffusionConfig,
+    TextDiffusionConfig,
+    TextGuided,
+)
 from raysynth.errors import InputError
 from raysynth.formats.lidc import SLICE_PIXELS, LidcRecord
 from raysynth.layout.propose import admissible_centres, place_nodule
-from raysynth.models.text import tokenize
+from raysynth.models.bundle import load_tokenizer
+from raysynth.models.text import clip_tokens, tokenize
 from raysynth.prompt import NO_NODULE, PLACES, write_prompt
 from raysynth.sampling.cohort import Scores, Stratum, plan_strata
 from raysynth.seeding import seed_of
@@ -79,7 +86,7 @@ def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSa
     Raises:
         InputError: the set has no training slice that could hold a nodule.
     """
-    if isinstance(config.model, TextDiffusionConfig):
+    if isinstance(config.model, TextGuided):
         return _plan_prompts(config)
     rows, anatomies = _lendable_layouts(samples)
     prior_of = _priors(config, samples, anatomies)
@@ -153,10 +160,7 @@ def _turn(config: ExperimentConfig, number: int) -> _Turn:
 
 def _plan_prompts(config: ExperimentConfig) -> list[PlannedSample]:
     """Plans for a model that is told nothing but words."""
-    assert isinstance(config.model, TextDiffusionConfig)
     prompts = config.sampling.prompts
-    for prompt in prompts:
-        tokenize(prompt, config.model.max_tokens)
     strata = plan_strata(config.sampling.cohort, config.slices.min_nodule_mm)
     plan = []
     for number in range(config.sampling.num_samples):
@@ -169,7 +173,17 @@ def _plan_prompts(config: ExperimentConfig) -> list[PlannedSample]:
             record, scores = turn.draw_nodule(strata.of(turn.series), turn.rng)
             condition = _described(record, scores, config.slices, turn.rng)
         plan.append(PlannedSample(turn.sample_id, turn.seed, condition, NO_SOURCE))
+    _check_prompts(config, {*prompts, *(one.condition.text or "" for one in plan)})
     return plan
+
+
+def _check_prompts(config: ExperimentConfig, prompts: Collection[str]) -> None:
+    """Refuses prompts that the model cannot read, before it is loaded."""
+    if isinstance(config.model, StableDiffusionConfig):
+        clip_tokens(load_tokenizer(config.bundle_path), sorted(prompts))
+    if isinstance(config.model, TextDiffusionConfig):
+        for prompt in sorted(prompts):
+            tokenize(prompt, config.model.max_tokens)
 
 
 def _described(

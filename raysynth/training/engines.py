@@ -63,7 +63,7 @@ class Engine:
     Attributes:
         module: what to call in the forward pass; it may be wrapped.
         bare_module: the same without wrappers.
-        parameters: its parameters, in its order.
+        parameters: those of its parameters that are trained, in its order.
         device: where batches must be.
     """
 
@@ -74,7 +74,7 @@ class Engine:
         self.accelerator = self._accelerator(config)
         self.device: torch.device = self.accelerator.device
         self.bare_module = module
-        self.parameters: list[Any] = list(module.parameters())
+        self.parameters: list[Any] = [p for p in module.parameters() if p.requires_grad]
         self.module: Any
         self.optimizer: Any
         optimizer = torch.optim.AdamW(
@@ -141,7 +141,7 @@ class Engine:
             torch.distributed.barrier()
 
     def averaged_tensors(self) -> list[torch.Tensor]:
-        """What the EMA follows: this worker's part of every parameter, in the module's order."""
+        """What the EMA follows: this worker's part of every trained parameter, in order."""
         return self.parameters
 
     def whole(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -153,11 +153,16 @@ class Engine:
         return tensors
 
     def save(self, folder: Path, ema: list[torch.Tensor]) -> None:
-        """Writes the weights, the optimizer and the EMA. All ranks call it."""
+        """Writes the weights, the optimizer and the EMA. All ranks call it.
+
+        What is frozen is left out: it is large, and where it came from.
+        """
         whole_ema = self.whole(ema)
         if self.rank == 0:
+            frozen = {n for n, p in self.bare_module.named_parameters() if not p.requires_grad}
+            weights = self.bare_module.state_dict()
             state = {
-                "module": self.bare_module.state_dict(),
+                "module": {name: weights[name] for name in weights if name not in frozen},
                 "optimizer": self.optimizer.state_dict(),
                 "ema": whole_ema,
             }
@@ -179,7 +184,8 @@ class Engine:
         self._check(layout)
         # weights_only: nothing but tensors and plain values can come out of the file.
         saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        self.bare_module.load_state_dict(saved["module"])
+        weights = self.bare_module.state_dict() | saved["module"]
+        self.bare_module.load_state_dict(weights)
         self.optimizer.load_state_dict(saved["optimizer"])
         return self.part(saved["ema"])
 
@@ -281,7 +287,9 @@ class DeepSpeedEngine(Engine):
 
     def save(self, folder: Path, ema: list[torch.Tensor]) -> None:
         """Writes DeepSpeed's own sharded checkpoint and the EMA. All ranks call it."""
-        self.module.save_checkpoint(folder, tag=ZERO_TAG, save_latest=False)
+        self.module.save_checkpoint(
+            folder, tag=ZERO_TAG, save_latest=False, exclude_frozen_parameters=True
+        )
         whole_ema = self.whole(ema)
         if self.rank == 0:
             torch.save({"ema": whole_ema}, folder / STATE_FILE)
@@ -292,7 +300,7 @@ class DeepSpeedEngine(Engine):
         DeepSpeed's files are pickles: their SHA-256 has been compared with this run's own manifest.
         """
         self._check(layout)
-        self.module.load_checkpoint(folder, tag=ZERO_TAG)
+        self.module.load_checkpoint(folder, tag=ZERO_TAG, load_module_strict=False)
         saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         return self.part(saved["ema"])
 
@@ -306,13 +314,13 @@ class DeepSpeedEngine(Engine):
 
 
 def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """All parameters, with what the learning rate is multiplied by."""
+    """All parameters that are trained, with what the learning rate is multiplied by."""
     if isinstance(module, Adversaries):
         return [
             {"params": list(module.generator.parameters()), "rate": 1.0},
             {"params": list(module.discriminator.parameters()), "rate": module.discriminator_rate},
         ]
-    return [{"params": list(module.parameters()), "rate": 1.0}]
+    return [{"params": [p for p in module.parameters() if p.requires_grad], "rate": 1.0}]
 
 
 def deepspeed_config(config: TrainingConfig) -> dict[str, Any]:

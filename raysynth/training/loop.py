@@ -77,7 +77,7 @@ class Outcome:
     """A finished run.
 
     Attributes:
-        weights: the EMA of the parameters, and the buffers, by name, on the CPU.
+        weights: the EMA of the trained parameters, and the buffers, by name, on the CPU.
         now: how far it came.
         samples_per_s: of this attempt, over all workers.
     """
@@ -227,9 +227,9 @@ def _show(
 
 
 def _average_weights(engine: Engine, ema: Ema) -> dict[str, Tensor]:
-    """The EMA under the names of the module's parameters, beside its buffers."""
+    """The EMA under the names of the parameters that are trained, beside the module's buffers."""
     module = engine.bare_module
-    names = [name for name, _ in module.named_parameters()]
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     average = dict(zip(names, engine.whole(ema.average), strict=True))
     weights = {**dict(module.named_buffers()), **average}
     return {name: tensor.detach().cpu() for name, tensor in weights.items()}

@@ -21,7 +21,7 @@ from raysynth.config.model import (
     GanConfig,
     HoleFilling,
     InpaintingConfig,
-    TextDiffusionConfig,
+    TextGuided,
 )
 from raysynth.diffusion.losses import diffusion_loss
 from raysynth.diffusion.schedule import NoiseSchedule, build_schedule, predicted_x_0, q_sample
@@ -151,7 +151,7 @@ class DiffusionObjective:
         """
         self.module = denoiser
         self.space = space
-        told = ("diameter_mm",) if isinstance(config, TextDiffusionConfig) else ()
+        told = ("diameter_mm",) if isinstance(config, TextGuided) else ()
         self.columns = (space.column, "layout", "box", "ratings", *told)
         self.config, self.seed = config, seed
         self.schedule = build_schedule(config.schedule, config.num_train_timesteps)
@@ -204,7 +204,7 @@ class DiffusionObjective:
     def _condition(self, batch: Batch, reader: NDArray[np.float32]) -> ConditionBatch:
         """What the network is told of a batch."""
         condition = condition_of(batch, reader)
-        if isinstance(self.config, TextDiffusionConfig):
+        if isinstance(self.config, TextGuided):
             return replace(condition, text=prompts_of(batch, reader, self.seed))
         return with_holes(condition, batch, self.config, self.seed)
 

@@ -14,15 +14,32 @@ import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysynth.config import Diffusion, ExperimentConfig, Gan, OfLatents
+from raysynth.config import (
+    Diffusion,
+    ExperimentConfig,
+    FromFolder,
+    Gan,
+    OfLatents,
+    PretrainedAutoencoderConfig,
+    StableDiffusionConfig,
+    VQVAEConfig,
+)
+from raysynth.config.pretrained import latent_channels_of, latent_scale_of
 from raysynth.data.encode import latents_path
 from raysynth.data.stream import SampleStream
 from raysynth.errors import InputError
-from raysynth.models.autoencoder import VQAutoencoder, build_autoencoder
+from raysynth.models.autoencoder import Autoencoder, VQAutoencoder, build_autoencoder
 from raysynth.models.bundle import bundle_digest, load_bundle, read_facts, save_bundle
-from raysynth.models.denoiser import build_denoiser
+from raysynth.models.denoiser import Denoiser, StableDenoiser, build_denoiser
 from raysynth.models.facts import BundleFacts
 from raysynth.models.gan import build_adversaries
+from raysynth.models.pretrained import (
+    check_folder,
+    finished_weights,
+    pretrained_autoencoder,
+    pretrained_denoiser,
+    weights_digest,
+)
 from raysynth.models.space import LatentSpace, PixelSpace, Space
 from raysynth.seeding import fingerprint, seed_of
 from raysynth.store.reader import SampleSet, case_attrs, open_group
@@ -115,7 +132,10 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
 
     Raises:
         InputError: a store, sample set, autoencoder or its latents is missing; says what to run.
+            Or pretrained weights are missing, or do not fit.
     """
+    if isinstance(config.model, FromFolder):
+        check_folder(config.model)
     samples = f"samples/{config.slices.name}"
     root = open_root(config.store_url)
     attributes = _attributes(root, samples, f"the store has no {samples}: run shard first")
@@ -127,7 +147,10 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
             )
     latents, digest = None, None
     if isinstance(config.model, OfLatents):
-        cells = read_facts(config.autoencoder_path).latent_shape[1]
+        facts = read_facts(config.autoencoder_path)
+        cells = facts.latent_shape[1]
+        if isinstance(config.model, StableDiffusionConfig):
+            _check_latents(config.model, facts, config.autoencoder_path)
         if cells % config.model.downsampling:
             raise InputError(
                 f"latents of {config.autoencoder_path} have {cells} cells a side, not a multiple "
@@ -138,15 +161,16 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
         latents = latents_path(config, digest)
         missing = f"the store has no latents of {samples} by {config.autoencoder_path}"
         _attributes(root, latents, f"{missing}: run encode first")
-    identity = fingerprint(
-        {
-            "seed": config.seed,
-            "samples": attributes["fingerprint"],
-            "autoencoder": digest,
-            "model": config.model.model_dump(mode="json", exclude={"autoencoder"}),
-            "training": config.training.model_dump(mode="json", exclude=FREE_FIELDS),
-        }
-    )
+    follows_from = {
+        "seed": config.seed,
+        "samples": attributes["fingerprint"],
+        "autoencoder": digest,
+        "model": config.model.model_dump(mode="json", exclude={"autoencoder", "pretrained"}),
+        "training": config.training.model_dump(mode="json", exclude=FREE_FIELDS),
+    }
+    if isinstance(config.model, FromFolder):
+        follows_from["pretrained"] = weights_digest(config.model)
+    identity = fingerprint(follows_from)
     folder = config.work_dir / "checkpoints" / config.name
     checkpoint = CheckpointFolder(folder, config.training.keep_checkpoints).newest_valid()
     snapshot = main_snapshot(config.store_url)
@@ -154,6 +178,24 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
         snapshot = checkpoint.state["snapshot"]
     log = config.work_dir / "logs" / config.name
     return RunPlan(RunFiles(folder, log, identity, snapshot), samples, latents)
+
+
+def _check_latents(model: StableDiffusionConfig, facts: BundleFacts, autoencoder: Path) -> None:
+    """A U-Net of Stable Diffusion works in the latents, and at the scale, of its own autoencoder.
+
+    Its decoder may be another: some were trained on for longer.
+    """
+    theirs = model.networks["vae"]
+    wanted = latent_channels_of(theirs), latent_scale_of(theirs)
+    config, given = facts.autoencoder_config, None
+    if isinstance(config, PretrainedAutoencoderConfig):
+        given = config.latent_channels, config.latent_scale
+    if given != wanted:
+        raise InputError(
+            f"model.autoencoder {autoencoder}: Stable Diffusion needs its own, of {wanted[0]} "
+            f"channels scaled by {wanted[1]}: train a pretrained_autoencoder recipe from "
+            f"{model.pretrained / 'vae'}"
+        )
 
 
 def finished_run(config: ExperimentConfig, plan: RunPlan) -> TrainSummary | None:
@@ -215,9 +257,10 @@ def train_and_bundle(
 def build_objective(
     config: ExperimentConfig, samples: SampleSet, latents: SampleSet | None
 ) -> Objective:
-    """The recipe's objective around a fresh network, whose weights follow from the seed alone.
+    """The recipe's objective around its network before training.
 
-    Only a codebook follows from the first training samples, too.
+    Its weights are pretrained, or follow from the seed alone; only a codebook follows from the
+    first training samples, too.
     """
     model = config.model
     with torch.random.fork_rng(devices=[]):
@@ -228,8 +271,13 @@ def build_objective(
         if not isinstance(model, Diffusion):
             cells = config.slices.size // model.downsampling
             shape = (model.latent_channels, cells, cells)
-            autoencoder = build_autoencoder(model)
-            if isinstance(autoencoder, VQAutoencoder):
+            autoencoder: Autoencoder
+            if isinstance(model, PretrainedAutoencoderConfig):
+                autoencoder = pretrained_autoencoder(model)
+            else:
+                autoencoder = build_autoencoder(model)
+            if isinstance(model, VQVAEConfig):
+                assert isinstance(autoencoder, VQAutoencoder)
                 hu = _first_training_slices(samples, NUM_CODE_SLICES)
                 autoencoder.spread_codes(torch.from_numpy(normalize(hu, model.window_hu)[:, None]))
             return AutoencoderObjective(autoencoder, model.window_hu, shape, config.seed)
@@ -237,7 +285,10 @@ def build_objective(
         if isinstance(model, OfLatents):
             assert latents is not None
             channels, size, _ = latents.shape
-            denoiser = build_denoiser(model, channels, size)
+            if isinstance(model, StableDiffusionConfig):
+                denoiser: Denoiser = pretrained_denoiser(model)
+            else:
+                denoiser = build_denoiser(model, channels, size)
             decoder = load_bundle(config.autoencoder_path).autoencoder
             assert decoder is not None
             space = LatentSpace(decoder, latents.attrs["latent_scale"])
@@ -272,10 +323,15 @@ def _save_bundle(
     patients = Counter(splits.values())
     autoencoder, latent_scale = None, 1.0
     weights: dict[str, dict[str, Tensor]] = {"autoencoder": outcome.weights}
+    tokenizer = None
     if isinstance(objective, AdversarialObjective):
         weights = {"generator": _of_generator(outcome.weights)}
     if isinstance(objective, DiffusionObjective):
         weights = {"denoiser": outcome.weights}
+        if isinstance(objective.module, StableDenoiser):
+            assert isinstance(config.model, StableDiffusionConfig)
+            weights = {"denoiser": finished_weights(config.model, outcome.weights)}
+            tokenizer = objective.module.tokenizer
         if isinstance(objective.space, LatentSpace):
             autoencoder = read_facts(config.autoencoder_path).autoencoder_config
             weights["autoencoder"] = objective.space.autoencoder.state_dict()
@@ -292,7 +348,7 @@ def _save_bundle(
         indicative=is_indicative(len(splits)),
         seen_samples=outcome.now.seen_samples,
     )
-    return save_bundle(config.bundle_path, facts, **weights)
+    return save_bundle(config.bundle_path, facts, **weights, tokenizer=tokenizer)
 
 
 def _of_generator(weights: dict[str, Tensor]) -> dict[str, Tensor]:

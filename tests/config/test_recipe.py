@@ -130,5 +130,13 @@ def test_every_published_recipe_has_a_tiny_sibling_of_the_same_structure(path: P
     config = load_recipe(path)
     tiny = load_recipe(path.with_name(f"{path.stem}_tiny.yaml"))
     assert tiny.model.family == config.model.family
-    for choice in ("conditioning", "context", "prediction_type", "schedule", "loss", "snr_gamma"):
+    for choice in (
+        "conditioning",
+        "context",
+        "prediction_type",
+        "schedule",
+        "loss",
+        "snr_gamma",
+        "tuning",
+    ):
         assert getattr(tiny.model, choice, None) == getattr(config.model, choice, None)

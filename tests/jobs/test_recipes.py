@@ -38,10 +38,12 @@ two that work side by side count twice.
 """
 
 
-def run(verb: str, recipe: str, work_dir: Path) -> None:
+def run(verb: str, recipe: str, work_dir: Path, *changes: str) -> None:
     """One stage, which must end well and in time."""
     started = time.monotonic()
-    assert main([verb, str(RECIPES / f"{recipe}.yaml"), "--set", f"work_dir={work_dir}"]) == 0
+    overrides = [part for change in changes for part in ("--set", change)]
+    command = [verb, str(RECIPES / f"{recipe}.yaml"), "--set", f"work_dir={work_dir}", *overrides]
+    assert main(command) == 0
     assert time.monotonic() - started < MAX_SECONDS, f"{verb} {recipe} takes too long"
 
 
@@ -140,6 +142,36 @@ def test_prompts_are_drawn(work_dir: Path) -> None:
     assert len(set(prompts)) == drawn.count == 8
     assert (drawn.index["source_case"] == -1).all()
     assert validate(work_dir / "store", full=True) == []
+
+
+@pytest.mark.parametrize("version", ["sd15", "sd2"])
+def test_stable_diffusion_is_tuned(work_dir: Path, version: str, tmp_path: Path) -> None:
+    from tests.models.folders import stable_diffusion_folder
+
+    predicted = {"sd15": "epsilon", "sd2": "v_prediction"}[version]
+    folder = stable_diffusion_folder(tmp_path / version, prediction_type=predicted)
+    name, published = f"{version}_lora_tiny", f"{version}_vae_tiny"
+    run("shard", published, work_dir)
+    run("train", published, work_dir, f"model.pretrained={folder / 'vae'}")
+    for verb in ("encode", "train", "synthesize"):
+        run(verb, name, work_dir, f"model.pretrained={folder}")
+    bundle = load_bundle(work_dir / "bundles" / name)
+    assert bundle.diffusion.prediction_type == predicted
+    assert bundle.latent_scale == 0.18215
+    drawn = SampleSet(open_group(open_root(str(work_dir / "store")), f"synthetic/{name}"))
+    assert len({row.tobytes() for row in drawn.index["prompt"]}) == drawn.count == 8
+    assert validate(work_dir / "store", full=True) == []
+
+
+def test_a_published_autoencoder_serves_the_attributes(work_dir: Path, tmp_path: Path) -> None:
+    from tests.models.folders import vq_folder
+
+    published, name = "lidc_vq_pretrained_tiny", "lidc_attributes_ldm_3_tiny"
+    run("train", published, work_dir, f"model.pretrained={vq_folder(tmp_path / 'vqvae')}")
+    changes = ("name=published", f"model.autoencoder=bundles/{published}")
+    for verb in ("encode", "train", "synthesize"):
+        run(verb, name, work_dir, *changes)
+    assert load_bundle(work_dir / "bundles" / "published").autoencoder is not None
 
 
 @pytest.fixture(scope="module")

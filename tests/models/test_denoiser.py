@@ -7,7 +7,7 @@ from raysynth.condition import Condition
 from raysynth.config.model import LatentDiffusionConfig, SemanticDiffusionConfig
 from raysynth.diffusion.losses import diffusion_loss
 from raysynth.diffusion.schedule import build_schedule, q_sample
-from raysynth.models.conditioner import collate, one_hot_layout
+from raysynth.models.conditioner import ConditionBatch, collate, one_hot_layout
 from raysynth.models.denoiser import Denoiser, build_denoiser
 from raysynth.models.monai import SPADE
 
@@ -177,3 +177,30 @@ def test_a_tiny_network_overfits_one_sample():
         losses.append(loss.item())
     assert losses[0] > 0.9
     assert losses[-1] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "context", "millions"),
+    [
+        (1, "tokens", 89.537),
+        (2, "tokens", 133.458),
+        (3, "tokens", 133.486),
+        (4, "tokens", 133.487),
+        (3, "single", 183.366),
+    ],
+)
+def test_attribute_networks_of_published_size(conditioning, context, millions):
+    """System A at its defaults: 64 x 64 latents of three channels."""
+    config = LatentDiffusionConfig(autoencoder="a", conditioning=conditioning, context=context)
+    with torch.device("meta"):
+        denoiser = build_denoiser(config, latent_channels=3, latent_size=64)
+        x_t, timestep = torch.empty(2, 3, 64, 64), torch.empty(2, dtype=torch.int64)
+        layout = torch.empty(2, 256, 256, dtype=torch.uint8)
+        box, attributes = (torch.empty(2, n, dtype=torch.int64) for n in (4, 5))
+        batch = ConditionBatch(layout, box, attributes)
+        assert denoiser(x_t, timestep, batch).shape == x_t.shape
+    size = sum(parameter.numel() for parameter in denoiser.parameters())
+    assert size == pytest.approx(millions * 1e6, abs=500)
+    if conditioning >= 3:
+        embedding = denoiser.conditioner.context.attributes
+        assert sum(parameter.numel() for parameter in embedding.parameters()) == 24_580

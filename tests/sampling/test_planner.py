@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
+from tokenizers import Tokenizer
 
 from raysynth.case import CONDITION_ATTRIBUTES, CONDITION_COLUMNS, LUNG_LABELS, Label
 from raysynth.config import ExperimentConfig, parse_recipe
@@ -186,6 +188,28 @@ def test_prompts_of_the_user_are_drawn_in_turn_and_checked_first() -> None:
         plan_samples(_text_recipe("sampling.prompts=['solid tumor']"), NO_SAMPLES)
     with pytest.raises(InputError, match="words and commas: this model reads 40"):
         plan_samples(_text_recipe(f"sampling.prompts=['{'solid ' * 41}']"), NO_SAMPLES)
+
+
+def test_prompts_too_long_for_stable_diffusion_are_refused_without_its_weights(
+    tmp_path: Path,
+) -> None:
+    from tests.models.folders import MAX_TOKENS, clip_tokenizer
+
+    tokenizer = Tokenizer.from_str(clip_tokenizer().backend_tokenizer.to_str())
+    tokenizer.enable_padding(length=MAX_TOKENS)
+    bundle = tmp_path / "bundles" / "words"
+    bundle.mkdir(parents=True)
+    tokenizer.save(str(bundle / "tokenizer.json"))  # all that there is of it
+
+    def planned(*overrides: str) -> list[PlannedSample]:
+        model = "model={family: stable_diffusion, autoencoder: a, pretrained: nowhere}"
+        return plan_samples(_text_recipe(model, f"work_dir={tmp_path}", *overrides), NO_SAMPLES)
+
+    plan = planned("sampling.num_samples=50")
+    assert all("pulmonary nodule" in str(one.condition.text) for one in plan)
+    assert planned("sampling.prompts=['a hamartoma']")[0].condition.text == "a hamartoma"
+    with pytest.raises(InputError, match="is 102 tokens long: this model reads 77; leave some cl"):
+        planned(f"sampling.prompts=['{'solid ' * 100}']")
 
 
 def test_every_other_prompt_may_ask_for_no_nodule() -> None:
