@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysynth.window import denormalize, normalize
+from raysynth.volume import RELATIVE_RANGE
+from raysynth.window import LUNG_WINDOW_HU, denormalize, measurable, normalize
 
 WINDOWS = [(-1000.0, 2500.0), (-1000.0, 400.0), (-1350.0, 150.0)]
 
@@ -53,3 +54,11 @@ def test_tensors_give_what_arrays_give(window_hu: tuple[float, float]) -> None:
     back = denormalize(normalized, window_hu)
     assert back.dtype == torch.int16
     np.testing.assert_array_equal(back.numpy(), denormalize(normalized.numpy(), window_hu))
+
+
+def test_measures_see_all_greys_that_have_no_unit() -> None:
+    greys = np.linspace(*RELATIVE_RANGE, 256).round().astype(np.int16)
+    seen = measurable(greys, "relative")
+    assert (seen[0], seen[-1]) == LUNG_WINDOW_HU
+    assert len(np.unique(seen)) == 256
+    np.testing.assert_array_equal(measurable(greys, "hu"), greys)

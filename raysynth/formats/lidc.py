@@ -82,11 +82,10 @@ class LidcRecord:
         """What readers drew in each slice: pixels, ascending; who drew nothing does not count."""
         planes: dict[int, list[int]] = defaultdict(list)
         for annotation in self.annotations[:MAX_READERS]:
-            lowest = annotation.points.min(axis=0)
-            extent = tuple(np.ptp(annotation.points, axis=0) + 1)
-            for offset, plane in enumerate(_drawn(annotation, lowest, extent)):
-                if plane.any():
-                    planes[int(lowest[0]) + offset].append(int(plane.sum()))
+            (k, _, _), drawn = annotation.drawn
+            for plane, pixels in enumerate(drawn.sum(axis=(1, 2)).tolist(), k):
+                if pixels:
+                    planes[plane].append(pixels)
         return frozenset(tuple(sorted(pixels)) for pixels in planes.values())
 
 
@@ -114,6 +113,13 @@ class Annotation:
             [contour.k for contour in self.contours], [len(contour.ij) for contour in self.contours]
         )
         return np.column_stack([slices, np.concatenate([one.ij for one in self.contours])])
+
+    @property
+    def drawn(self) -> tuple[tuple[int, int, int], NDArray[np.bool_]]:
+        """First voxel (k, i, j) and mask of what the reader drew, in the box of the outlines."""
+        corner = self.points.min(axis=0)
+        k, i, j = (int(value) for value in corner)
+        return (k, i, j), _drawn(self, corner, tuple(np.ptp(self.points, axis=0) + 1))
 
     @property
     def diameter_mm(self) -> float:
@@ -313,9 +319,7 @@ def _one_reader(readers: Sequence[Annotation], series_uid: str, number: int) -> 
     """One of a nodule's readers, if there is one who drew more than a line."""
     places = range(len(readers))
     for place in sorted(places, key=lambda place: seed_of("reader", series_uid, number, place)):
-        points = readers[place].points
-        extent = tuple(np.ptp(points, axis=0) + 1)
-        if _drawn(readers[place], points.min(axis=0), extent).any():
+        if readers[place].drawn[1].any():
             return [readers[place]]
     return list(readers)
 

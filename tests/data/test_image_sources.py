@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from raysynth.case import Label
+from raysynth.case import LUNG_LABELS, Label
 from raysynth.data.ingest import ingest
 from raysynth.data.sources import list_cases, read_case
 from raysynth.errors import InputError, UnreadableCase
@@ -18,9 +18,11 @@ from raysynth.preprocess.case import prepare
 from raysynth.store.reader import case_ids
 from raysynth.store.reader import read_case as stored_case
 from raysynth.store.repository import open_root
+from raysynth.store.splits import assign_splits
 from raysynth.store.validate import validate
 from tests.data.tiny import tiny_config
 from tests.formats.dicom_files import small_volume, write_series
+from tests.formats.lidc_crops import a_record, write_crop
 
 SHAPE = (8, 20, 24)
 
@@ -99,6 +101,30 @@ def test_grey_values_without_a_unit_say_so(tmp_path: Path) -> None:
     assert case.intensity == "relative"
     assert case.layout is not None
     assert not case.layout.any()
+
+
+def test_crops_of_lidc_are_cases_of_one_slice(tmp_path: Path) -> None:
+    records = [a_record(), a_record(skip=40)]
+    for record in records:
+        write_crop(tmp_path / "crops", record)
+    config = config_of(tmp_path, kind="lidc_slices", path=tmp_path / "crops")
+    refs, refused = list_cases(config)
+    assert not refused
+    assert sorted(ref.split for ref in refs) == sorted(
+        assign_splits([record.patient_id for record in records], config.data.split).values()
+    )
+    for ref in refs:
+        assert "LIDC" not in repr(ref)
+        case = prepare(read_case(ref), needs_lung=False)
+        assert case.intensity == "relative"
+        assert case.layout is not None
+        assert np.isin(case.layout, LUNG_LABELS).mean() > 0.5
+        assert (case.layout == Label.NODULE).sum() == case.nodules[0].mask.sum()
+        assert len(case.nodules[0].ratings) == 4
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="give the unpacked folder"):
+        list_cases(config_of(tmp_path, kind="lidc_slices", path=empty))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from raysynth.store.writer import (
     write_rows,
     write_volume,
 )
+from raysynth.volume import RELATIVE_RANGE
+from raysynth.window import LUNG_WINDOW_HU, denormalize, normalize
 from storage_schema.v1 import SPLITS, sample_set, synthetic_run
 
 pytestmark = pytest.mark.ray
@@ -131,12 +133,27 @@ def _write_runs(root: zarr.Group, config: ExperimentConfig) -> None:
     _write_synthetic(root, f"{config.name}_shuffled", others, asked)
 
 
+def _write_greys(root: zarr.Group) -> None:
+    """The same real and synthetic slices as grey values that have no unit."""
+    for path in ("samples/slices", "synthetic/tiny"):
+        source = SampleSet(root[path])
+        count, shape = source.count, source.shape
+        kind, is_real = path.partition("/")[0], path.startswith("samples")
+        spec = sample_set(count, shape) if is_real else synthetic_run(count, shape)
+        attributes = source.attrs | {"intensity": "relative"}
+        group = create_sample_set(root, f"{kind}/greys", spec, attributes)
+        set_index(group, dict(source.index))
+        greys = denormalize(normalize(source.read("hu"), LUNG_WINDOW_HU), RELATIVE_RANGE)
+        write_rows(group, 0, {"hu": greys, "layout": source.read("layout")})
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
     config = _config(tmp_path_factory.mktemp("evaluation"))
     with StoreRun(config.store_url, verb="test", fingerprint="f" * 12) as run:
         run.declare(lambda root: _write_real(root, config), "real")
         run.commit([], ["runs"], "synthetic", lambda root: _write_runs(root, config))
+        run.commit([], ["greys"], "greys", _write_greys)
         run.publish("a store to judge")
     return config
 
@@ -199,6 +216,24 @@ def test_few_phantoms_are_said_to_be_few_phantoms(summary: EvaluationSummary) ->
     assert any("phantoms" in notice for notice in summary.notices)
     assert any("samples instead of patients" in notice for notice in summary.notices)
     assert sum(summary.coverage["texture"].requested) == pytest.approx(1)
+
+
+def test_greys_without_a_unit_are_judged_under_another_key(
+    config: ExperimentConfig, summary: EvaluationSummary
+) -> None:
+    samples = config.slices.model_copy(update={"name": "greys"})
+    data = config.data.model_copy(update={"samples": samples})
+    greys = evaluate(config.model_copy(update={"name": "greys", "data": data}))
+    assert {key.split("/")[3] for key in greys.metrics} == {"ct-conv-relative@1"}
+    assert any("without a unit" in notice for notice in greys.notices)
+    for key, result in greys.metrics.items():
+        if key.startswith("fid"):
+            in_hu = summary.metrics[key.replace("-relative", "")]
+            assert result.value == pytest.approx(in_hu.value, rel=0.02)
+    assert greys.adherence["real"] == summary.adherence["real"]
+    mixed = config.model_copy(update={"data": data})
+    with pytest.raises(InputError, match="synthetic/tiny has intensity 'hu', samples/greys"):
+        evaluate(mixed)
 
 
 def test_the_file_holds_the_summary(summary: EvaluationSummary) -> None:

@@ -59,6 +59,19 @@ def config() -> ExperimentConfig:
     )
 
 
+def test_in_crops_the_nodule_is_in_the_middle_again(config: ExperimentConfig) -> None:
+    crops = config.slices.model_copy(update={"centre": "nodule", "nodule_free_every": 0})
+    data = config.data.model_copy(update={"samples": crops})
+    layout = np.full((SIZE, SIZE), Label.LEFT_LUNG, np.uint8)
+    layout[:, SIZE // 2 + 2 :] = Label.BODY  # no room for a whole nodule
+    strata = plan_strata(None, 0)
+    prior = joint_prior(config.model_copy(update={"data": data}), [layout], strata.of(0).draw)
+    for drawn in _draws(prior, 20):
+        box = np.array(drawn[1].box)
+        assert np.abs((box[:2] + box[2:]) / 2 - SIZE / 2).max() <= 1
+        assert (drawn[1].layout[:, SIZE // 2 + 2 :] == Label.BODY).all()
+
+
 def _draws(prior: Callable, count: int) -> list:
     rng = np.random.default_rng(0)
     drawn = (prior(rng) for _ in itertools.count())
