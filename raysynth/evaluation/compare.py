@@ -177,7 +177,7 @@ def distances(contenders: Sequence[Contender]) -> list[list[str]]:
     heading = [f"{METRIC.upper()} of", "N", *(one.name for one in contenders), *floors.values()]
     rows = [
         [
-            key.split("/")[2].replace("_", " "),
+            _region(key),
             f"{metrics[key]['n']}",
             *(_cell(one.metrics[key], "value") for one in contenders),
             *(_cell(metrics[key], floor) for floor in floors),
@@ -191,7 +191,7 @@ def verdict(one: Contender, other: Contender) -> str:
     """Who is closer to the patients, region by region, where the intervals are disjoint."""
     closer: dict[str, list[str]] = {one.name: [], other.name: [], "": []}
     for key in _shared_keys([one, other]):
-        region = key.split("/")[2]
+        region = _region(key)
         (low, high), (other_low, other_high) = (c.metrics[key]["interval"] for c in (one, other))
         if high < other_low:
             closer[one.name].append(region)
@@ -223,6 +223,10 @@ def _shared_keys(contenders: Sequence[Contender]) -> list[str]:
     ):
         best[key.rpartition("/")[0]] = key
     return sorted(best.values(), key=lambda key: (f"/{GENERATED}" not in key, key))
+
+
+def _region(key: str) -> str:
+    return key.split("/")[2].replace("_", " ")
 
 
 def _cell(metric: Mapping[str, Any], column: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from raysynth.case import Label
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig, HoleFilling
+from raysynth.config.model import Organ
 from raysynth.errors import InputError
 from raysynth.layout.holes import ORGANS, box_hole, free_hole, labels_of, organ_hole
 from raysynth.layout.morphology import Mask, dilate
@@ -46,11 +47,12 @@ def plan_inpainting(config: ExperimentConfig, samples: SampleSet) -> list[Planne
     assert isinstance(model, HoleFilling)
     labels = labels_of(model.organs)
     hosts = dict(_showing(samples, "test", labels))
+    rows_of = _rows_by_organ(hosts, model.organs)
     donors: list[NDArray[np.uint8]] = []
     if sampling.hole == "new_tissue":
         donors = [layout for _, layout in _showing(samples, "train", labels)]
-        hosts = dict(_showing(samples, "test", labels_of(ORGANS)))
-    if not hosts or (sampling.hole == "new_tissue" and not donors):
+        hosts, rows_of = dict(_showing(samples, "test", labels_of(ORGANS))), []
+    if not (donors and hosts if sampling.hole == "new_tissue" else rows_of):
         raise InputError(
             f"sample set {config.slices.name} has {len(hosts)} test slices that could take a hole "
             f"and {len(donors)} training slices to lend tissue ({', '.join(model.organs)}): ingest "
@@ -62,8 +64,10 @@ def plan_inpainting(config: ExperimentConfig, samples: SampleSet) -> list[Planne
         sample_id = f"{config.name}-{number:08d}"
         rng = np.random.default_rng(seed_of("plan", config.seed, number))
         for _ in range(MAX_DRAWS):
-            row = int(rng.choice(rows))
-            made = _hole(hosts[row], labels, config, donors, rng)
+            # Organs take turns, else the large ones would have nearly all holes.
+            organ, shown = rows_of[number % len(rows_of)] if rows_of else ("", rows)
+            row = int(rng.choice(shown))
+            made = _hole(hosts[row], organ, config, donors, rng)
             if made is not None:
                 break
         else:
@@ -114,26 +118,45 @@ def place_tissue(
     return None
 
 
+def _rows_by_organ(
+    hosts: dict[int, NDArray[np.uint8]], organs: Sequence[Organ]
+) -> list[tuple[Organ, NDArray[np.int64]]]:
+    """Which slices show each organ; nothing of organs that none shows."""
+    found = []
+    for organ in organs:
+        rows = [
+            row
+            for row, layout in hosts.items()
+            if np.isin(layout, ORGANS[organ]).sum() >= MIN_ORGAN_PX
+        ]
+        if rows:
+            found.append((organ, np.array(rows)))
+    return found
+
+
 def _hole(
     layout: NDArray[np.uint8],
-    labels: list[Label],
+    organ: str,
     config: ExperimentConfig,
     donors: list[NDArray[np.uint8]],
     rng: np.random.Generator,
 ) -> tuple[Mask, NDArray[np.uint8]] | None:
-    """The hole, and the layout that is asked for in it; None where nothing fits."""
-    there = np.intersect1d(layout, labels)
+    """The hole, and the layout that is asked for in it; None where nothing fits.
+
+    An organ is all of it: both kidneys, both lungs.
+    """
     match config.sampling.hole:
         case "organ":
-            return organ_hole(layout, [rng.choice(there)]), layout
+            return organ_hole(layout, ORGANS[organ]), layout
         case "box":
-            organ = organ_hole(layout, [rng.choice(there)])
-            return box_hole(organ, config.sampling.hole_margin_px), layout
+            whole = organ_hole(layout, ORGANS[organ])
+            return box_hole(whole, config.sampling.hole_margin_px), layout
         case "free":
             return free_hole(layout.shape, rng), layout
         case "new_tissue":
             donor = donors[rng.integers(len(donors))]
-            tissue = Label(rng.choice(np.intersect1d(donor, labels)))
+            assert isinstance(config.model, HoleFilling)
+            tissue = Label(rng.choice(np.intersect1d(donor, labels_of(config.model.organs))))
             placed = place_tissue(layout, donor, tissue, rng)
             if placed is None:
                 return None

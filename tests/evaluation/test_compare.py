@@ -80,6 +80,7 @@ def test_of_filled_holes_what_was_made_stands_first_beside_neighbouring_slices()
     assert [row[:2] for row in rows] == [["generated liver", "64"], ["all", "64"]]
     assert rows[0][-1] == "1 [0.5, 1.5]"
     assert rows[1][-1] == "-"
+    assert "no difference is certain in generated liver, all" in verdict(*fillers)
     assert table(fillers)[1][6:] == [
         "0 of 1,234",
         "1.02 [0.90, 1.10] times the patient's",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from raysynth.case import Label
-from raysynth.sampling.hosts import place_tissue
+from raysynth.config import parse_recipe
+from raysynth.layout.holes import ORGANS
+from raysynth.sampling.hosts import _hole, _rows_by_organ, place_tissue
 
 SIDE = 40
 
@@ -40,3 +42,15 @@ def test_tissue_keeps_its_shape_and_lies_in_its_organ() -> None:
 def test_a_host_without_the_organ_takes_nothing() -> None:
     host = np.where(layout(False) == Label.LIVER, Label.BODY, layout(False)).astype(np.uint8)
     assert place_tissue(host, layout(True), Label.TUMOUR, np.random.default_rng(0)) is None
+
+
+def test_an_organ_is_all_of_it_and_has_its_own_hosts() -> None:
+    both = layout(True)
+    both[30:34, 4:8], both[30:34, 30:34] = Label.RIGHT_KIDNEY, Label.LEFT_KIDNEY
+    hosts = {3: layout(False), 8: both}
+    rows_of = {organ: rows.tolist() for organ, rows in _rows_by_organ(hosts, ORGANS)}
+    assert rows_of == {"liver": [3, 8], "kidney": [8], "spleen": [3, 8], "tumour": [8]}
+    config = parse_recipe("{work_dir: runs, model: {family: pix2pix}}", name="holes")
+    made = _hole(both, "kidney", config, [], np.random.default_rng(0))
+    assert made is not None
+    assert np.array_equal(made[0], np.isin(both, ORGANS["kidney"]))
