@@ -29,7 +29,7 @@ def crop_anatomy(volume: Volume, nodule: Nodule, lung: Label) -> NDArray[np.uint
     from skimage.filters import threshold_otsu
 
     grey = volume.hu[0]
-    dark = grey <= threshold_otsu(grey)  # type: ignore[no-untyped-call]
+    dark = grey <= threshold_otsu(grey)
     own = np.zeros(grey.shape, bool)
     (_, _), (y0, y1), (x0, x1) = nodule.box_zyx
     own[y0:y1, x0:x1] = nodule.mask[0]

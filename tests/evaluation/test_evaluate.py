@@ -135,14 +135,17 @@ def _write_runs(root: zarr.Group, config: ExperimentConfig) -> None:
 
 def _write_greys(root: zarr.Group) -> None:
     """The same real and synthetic slices as grey values that have no unit."""
-    for path in ("samples/slices", "synthetic/tiny"):
+    real = ("case", "z_mm", "nodule", "split", "box", "ratings", "has_nodule")
+    asked = ("box", "source_case", "source_sample", "attributes", "draws")
+    for path, of_kind, columns in (
+        ("samples/slices", sample_set, real),
+        ("synthetic/tiny", synthetic_run, asked),
+    ):
         source = SampleSet(root[path])
-        count, shape = source.count, source.shape
-        kind, is_real = path.partition("/")[0], path.startswith("samples")
-        spec = sample_set(count, shape) if is_real else synthetic_run(count, shape)
+        spec = of_kind(source.count, source.shape)
         attributes = source.attrs | {"intensity": "relative"}
-        group = create_sample_set(root, f"{kind}/greys", spec, attributes)
-        set_index(group, dict(source.index))
+        group = create_sample_set(root, f"{path.partition('/')[0]}/greys", spec, attributes)
+        set_index(group, {name: source.index[name] for name in columns})
         greys = denormalize(normalize(source.read("hu"), LUNG_WINDOW_HU), RELATIVE_RANGE)
         write_rows(group, 0, {"hu": greys, "layout": source.read("layout")})
 

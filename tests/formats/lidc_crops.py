@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from raysynth.formats.lidc import LidcRecord, nodule_records
 SIZE = 128
 
 
-def a_record(min_readers: int = 4, skip: int = 0) -> LidcRecord:
-    """A nodule of the database that many readers drew, in a plane that shows them all."""
-    records = [one for one in nodule_records() if len(one.ratings) >= min_readers]
-    return [one for one in records if max(map(len, one.areas)) >= min_readers][skip]
+def a_record(skip: int = 0) -> LidcRecord:
+    """A nodule of the database that four readers drew, in a plane that shows them all."""
+    found = (
+        one for one in nodule_records() if len(one.ratings) == 4 and max(map(len, one.areas)) == 4
+    )
+    return next(islice(found, skip, None))
 
 
 def masks_of(record: LidcRecord) -> list[np.ndarray]:
