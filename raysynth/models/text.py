@@ -89,14 +89,18 @@ class TextEncoder(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """What cross-attention reads of prompts, (B, 1 + max_tokens, width); the whole one first.
 
+        The whole one stands in the places without a word, too.
+
         Raises:
             InputError: see `tokenize`.
         """
         rows = [tokenize(prompt, self.max_tokens) for prompt in prompts]
         tokens = torch.tensor(rows, device=self.positions.device)
         words = functional.pad(self.words(tokens), (0, 0, 1, 0))
-        encoded: Tensor = self.norm(self.layers(words + self.positions))
-        return encoded
+        absent = functional.pad(tokens == PAD, (1, 0))
+        encoded = self.norm(self.layers(words + self.positions, src_key_padding_mask=absent))
+        # Left to themselves, two empty places in three would drown the words in every attention.
+        return torch.where(absent[..., None], encoded[:, :1], encoded)
 
 
 def _waves(values: Tensor, width: int) -> Tensor:

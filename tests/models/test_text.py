@@ -67,6 +67,21 @@ def test_a_prompt_means_the_same_whatever_its_mates() -> None:
     assert len({tuple(row.flatten().tolist()) for row in together}) == len(prompts)
 
 
+def test_places_without_a_word_say_nothing() -> None:
+    """They are two in three: nothing flows out of them, and who looks there reads the whole."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(CONFIG).eval()
+    prompt = "axial chest CT, 8 mm solid pulmonary nodule"
+    count = sum(token != PAD for token in tokenize(prompt, encoder.max_tokens))
+    with torch.no_grad():
+        encoded = encoder([prompt, ""])
+        encoder.words.weight[PAD] = 100.0
+        encoder.positions[1 + count :] = -100.0
+        torch.testing.assert_close(encoder([prompt])[0], encoded[0])
+    assert torch.equal(encoded[0, 1 + count :], encoded[0, :1].expand(77 - count, -1))
+    assert torch.equal(encoded[1], encoded[1, :1].expand(78, -1))
+
+
 def test_sizes_begin_in_their_order() -> None:
     encoder = TextEncoder(TextDiffusionConfig.model_validate({"autoencoder": "unused"}))
     rows = encoder.words.weight[[vocabulary()[str(mm)] for mm in (4, 5, 8, 16, 32)]]
