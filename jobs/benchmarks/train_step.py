@@ -1,64 +1,44 @@
-"""A step of the training loop against other loops: same network, data, noise and optimizer.
+"""A step of the training loop against a bare PyTorch loop: same network, data, noise and optimizer.
 
-python -m jobs.benchmarks.train_step [--steps N] [--only WORD]
+python -m jobs.benchmarks.train_step [STEPS]
 
-Whenever our loop asks for a batch, every other loop takes its own step on that batch first, in
-rotating order: so steps alternate, and each meets the same load. All use one thread.
-
-- bare torch: forward, backward, clipping, AdamW; no average of the weights, no log, no resumable
-  order, no check for numbers that are not finite.
-- accelerate: the loop of diffusers' training example, with its EMA and its learning-rate schedule.
-- MONAI: the loop of its diffusion tutorials, through its inferer.
-- bare DeepSpeed at a stage: its engine's backward and step, against ours on the same stage.
-
-Others are given what careful users would choose: AdamW in one fused pass, an EMA in one pass over
-all tensors, clipping as ours does it; and all their noise and timesteps are drawn beforehand, which
-our loop does inside its step. Nothing is reported unless the losses of the first steps agree.
-Prints a table and a line of JSON; exits 1 where losses differ or a target is missed.
+The bare loop does forward, backward, clipping and AdamW, with all noise drawn beforehand; it has no
+average of the weights, no log, no resumable order, and no check for numbers that are not finite.
+Whenever our loop asks for a batch, the bare loop takes its own step on that batch first: so steps
+alternate, and every pair meets the same load. Losses are compared first. Both use one thread;
+processor seconds are what an idle machine would take. Prints the medians and the median paired
+ratio with a 95 % bootstrap interval; exits 1 if the losses differ or the ratio is above target.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import os
-import socket
 import sys
 import tempfile
-from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
-from jobs.benchmarks.ratios import (
-    Row,
-    Seconds,
-    facts_of_run,
-    median_row,
-    paired_ratio,
-    report,
-)
 from raysynth.config import TrainingConfig
 from raysynth.config.model import AutoencoderKLConfig, LatentDiffusionConfig
-from raysynth.diffusion.schedule import build_schedule, q_sample
+from raysynth.diffusion.schedule import q_sample
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.conditioner import ConditionBatch
-from raysynth.models.denoiser import Denoiser, build_denoiser
+from raysynth.models.denoiser import build_denoiser
 from raysynth.models.space import LatentSpace
 from raysynth.training.context import LocalContext
-from raysynth.training.engines import deepspeed_config
 from raysynth.training.history import HISTORY_FILE, read_history
 from raysynth.training.loop import RunFiles, fit
 from raysynth.training.objectives import Batch, DiffusionObjective, condition_of, draw
 
-LATENT_SHAPE, SAMPLE_SIZE, BATCH_SIZE = (4, 16, 16), 64, 16
-COMPARED, WARM_UP, TOLERANCE = 12, 5, 1e-6
+TARGET = 1.03
+LATENT_SHAPE, SAMPLE_SIZE, BATCH_SIZE, WARM_UP = (4, 16, 16), 64, 16, 5
 MODEL = LatentDiffusionConfig(
     autoencoder=Path("none"),
     channels=(32, 64, 80),
@@ -76,301 +56,82 @@ TRAINING = TrainingConfig(
 )
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A batch with all that is random about its step."""
-
-    x_0: Tensor
-    noise: Tensor
-    timestep: Tensor
-    condition: ConditionBatch
-
-
-Step = Callable[[Drawn], float]
-"""One step of another loop; returns its loss."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Our loop with one engine, and the loops beside it.
-
-    Attributes:
-        changes: of `TRAINING`.
-        others: makes each, in the process that runs it.
-        at_most: our share of their time.
-    """
-
-    changes: dict[str, Any]
-    others: dict[str, Callable[[], Step]]
-    at_most: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Losses and times of every step by loop; the last step of ours is not timed."""
-
-    losses: dict[str, list[float]]
-    spent: dict[str, list[Seconds]]
-
-
-OURS = "raysynth"
-
-
 def main(arguments: list[str]) -> int:
     """Runs the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--only", default="", help="comparisons whose title holds this word")
-    options = parser.parse_args(arguments)
-    facts = facts_of_run("torch", "accelerate", "deepspeed", "diffusers", "monai")
-    facts |= {"parameters": sum(p.numel() for p in _denoiser().parameters()), "batch": BATCH_SIZE}
-    tables, differences = {}, {}
-    for title in COMPARISONS:
-        if options.only not in title:
-            continue
-        # Engines leave traces in their process: each run has its own.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as fresh:
-            differences[title] = fresh.submit(_largest_difference, title).result()
-            if differences[title] <= TOLERANCE:
-                tables[title] = fresh.submit(_table, title, options.steps).result()
-    facts["largest_difference_of_losses"] = differences
-    failed = report(facts, tables, of="raysynth / this")
-    for title, difference in differences.items():
-        if difference > TOLERANCE:
-            print(f"{title}: losses differ by {difference:.1e}: not comparable")
-            failed = 1
-    return failed
-
-
-def _largest_difference(title: str) -> float:
-    """Of a loss of any other loop from ours, over the first steps."""
-    losses = _run(title, COMPARED, log_every=BATCH_SIZE).losses
-    return max(
-        abs(a - b) for other in losses.values() for a, b in zip(other, losses[OURS], strict=True)
-    )
-
-
-def _table(title: str, steps: int) -> list[Row]:
-    spent = _run(title, steps + WARM_UP + 1, TRAINING.log_every).spent
-    timed = {name: seconds[WARM_UP:] for name, seconds in spent.items()}
-    rows = [median_row(OURS, timed[OURS])]
-    for name in COMPARISONS[title].others:
-        ratio = paired_ratio(timed[OURS], timed[name])
-        row = median_row(name, timed[name])
-        at_most = COMPARISONS[title].at_most.get(name)
-        rows.append(Row(name, row.cpu_ms, row.wall_ms, *ratio, at_most=at_most))
-    return rows
-
-
-def _run(title: str, steps: int, log_every: int) -> Run:
+    steps = int(arguments[0]) if arguments else 150
     torch.set_num_threads(1)
-    comparison = COMPARISONS[title]
-    if comparison.changes:
-        _alone_in_group()
-    stream = AlternatingStream(steps, {name: make() for name, make in comparison.others.items()})
+    print(
+        f"{sum(p.numel() for p in _objective().module.parameters()) / 1e6:.2f} M parameters, "
+        f"batch {BATCH_SIZE}, torch {torch.__version__}, 1 thread of {os.cpu_count()}, "
+        f"load {os.getloadavg()[0]:.2f}"
+    )
+    _, ours, bare = _both(12, log_every=BATCH_SIZE)
+    worst = max(abs(a - b) for a, b in zip(ours, bare, strict=True))
+    print(f"largest difference of {len(bare)} losses: {worst:.1e}")
+    if worst > 1e-6:
+        print("not comparable")
+        return 1
+    seconds, _, _ = _both(steps + WARM_UP, TRAINING.log_every)
+    return _report(seconds[WARM_UP:])
+
+
+def _both(steps: int, log_every: int) -> tuple[NDArray[np.float64], list[float], list[float]]:
+    """Processor seconds of every step, ours and bare (steps, 2), and the losses of both."""
+    stream = AlternatingStream(steps)
     changes = {"max_seen_samples": steps * BATCH_SIZE, "log_every": log_every}
-    config = TRAINING.model_copy(update=changes | comparison.changes)
-    space = LatentSpace(build_autoencoder(AUTOENCODER).eval(), 1.0)
-    objective = DiffusionObjective(_denoiser(), space, config=MODEL, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         files = RunFiles(Path(folder) / "checkpoints", Path(folder), "benchmark", "none")
-        fit(objective, stream, config, LocalContext(), files)
-        ours = [point["loss"] for point in read_history(files.log / HISTORY_FILE)]
-    return Run({OURS: ours} | stream.losses, stream.spent)
+        config = TRAINING.model_copy(update=changes)
+        fit(_objective(), stream, config, LocalContext(), files)
+        losses = [point["loss"] for point in read_history(files.log / HISTORY_FILE)]
+    # The last step of ours is followed by a checkpoint, and no batch is asked for after it.
+    return np.array([stream.ours, stream.bare[:-1]]).T, losses, stream.losses
 
 
 class AlternatingStream:
-    """Invented batches; before each is handed out, the other loops take their step on it."""
+    """Invented batches; before each is handed out, the bare loop takes its step on it."""
 
-    def __init__(self, steps: int, others: dict[str, Step]) -> None:
-        self.steps, self.others = steps, others
-        self.losses: dict[str, list[float]] = {name: [] for name in others}
-        self.spent: dict[str, list[Seconds]] = {name: [] for name in (OURS, *others)}
+    def __init__(self, steps: int) -> None:
+        objective = _objective()
+        self.steps = steps
+        self.schedule, self.denoiser = objective.schedule, objective.module
+        self.parameters = list(self.denoiser.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, TRAINING.learning_rate, weight_decay=0.0, fused=True
+        )
+        self.ours: list[float] = []
+        self.bare: list[float] = []
+        self.losses: list[float] = []
 
     def batches(self, seen_samples: int = 0) -> Generator[Batch]:
-        """One batch a step; notes what each loop takes."""
-        names = list(self.others)
+        """One batch a step; notes the processor time of both loops."""
         for step in range(self.steps):
             batch = _batch(step)
             drawn = _drawn(batch)
-            shift = step % len(names)
-            taken = {}
-            for name in names[shift:] + names[:shift]:
-                started = Seconds.now()
-                self.losses[name].append(self.others[name](drawn))
-                taken[name] = started.elapsed()
-            started = Seconds.now()
+            started = time.process_time()
+            self._bare_step(*drawn)
+            self.bare.append(time.process_time() - started)
+            started = time.process_time()
             yield batch
-            # The last step is followed by a checkpoint, and nobody comes back here.
-            for name, seconds in (taken | {OURS: started.elapsed()}).items():
-                self.spent[name].append(seconds)
+            self.ours.append(time.process_time() - started)
 
-
-# The other loops.
-
-
-def _bare_torch() -> Step:
-    schedule, denoiser = build_schedule(MODEL.schedule), _denoiser()
-    parameters, optimizer = list(denoiser.parameters()), _adamw(denoiser)
-
-    def step(drawn: Drawn) -> float:
-        x_t = q_sample(schedule, drawn.x_0, drawn.noise, drawn.timestep)
-        prediction = denoiser(x_t, drawn.timestep, drawn.condition)
-        loss = functional.mse_loss(prediction, drawn.noise)
+    def _bare_step(
+        self, x_0: Tensor, noise: Tensor, timestep: Tensor, condition: ConditionBatch
+    ) -> None:
+        x_t = q_sample(self.schedule, x_0, noise, timestep)
+        loss = functional.mse_loss(self.denoiser(x_t, timestep, condition), noise)
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, TRAINING.max_grad_norm, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+        torch.nn.utils.clip_grad_norm_(self.parameters, TRAINING.max_grad_norm, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
 
 
-def _accelerate() -> Step:
-    from accelerate import Accelerator
-    from diffusers import DDPMScheduler
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
-
-    accelerator = Accelerator(cpu=True)
-    scheduler: Any = DDPMScheduler(  # type: ignore[no-untyped-call]
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
-    )
-    denoiser = _denoiser()
-    ema: Any = EMAModel(denoiser.parameters(), TRAINING.ema_decay, foreach=True)
-    optimizer = _adamw(denoiser)
-    model, optimizer, lr_scheduler = accelerator.prepare(
-        denoiser, optimizer, get_scheduler("constant", optimizer)
-    )
-
-    def step(drawn: Drawn) -> float:
-        with accelerator.accumulate(model):
-            x_t = scheduler.add_noise(drawn.x_0, drawn.noise, drawn.timestep)
-            prediction = model(x_t, drawn.timestep, drawn.condition)
-            loss = functional.mse_loss(prediction.float(), drawn.noise.float())
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), TRAINING.max_grad_norm)
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            ema.step(model.parameters())
-        return float(loss.detach().item())
-
-    return step
-
-
-class _AsMonaiCalls(nn.Module):
-    """The network under the names that MONAI's inferer gives its arguments."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, x: Tensor, timesteps: Tensor, context: ConditionBatch) -> Any:
-        return self.denoiser(x, timesteps, context)
-
-
-def _monai() -> Step:
-    import raysynth.models.monai  # noqa: F401, I001  # imports MONAI without what nobody needs
-    from monai.inferers.inferer import DiffusionInferer
-    from monai.networks.schedulers.ddpm import DDPMScheduler
-
-    scheduler: Any = DDPMScheduler(
-        schedule="scaled_linear_beta", beta_start=0.00085, beta_end=0.012
-    )
-    inferer, network = DiffusionInferer(scheduler), _AsMonaiCalls(_denoiser())
-    parameters, optimizer = list(network.parameters()), _adamw(network)
-
-    def step(drawn: Drawn) -> float:
-        optimizer.zero_grad(set_to_none=True)
-        network.train()
-        condition: Any = drawn.condition
-        prediction = inferer(
-            inputs=drawn.x_0,
-            diffusion_model=network,  # type: ignore[arg-type]
-            noise=drawn.noise,
-            timesteps=drawn.timestep,
-            condition=condition,
-        )
-        loss = functional.mse_loss(prediction.float(), drawn.noise.float())
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, TRAINING.max_grad_norm, foreach=True)
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def _bare_deepspeed(stage: int) -> Step:
-    import deepspeed
-
-    # As our engine does it on CPUs: else DeepSpeed compiles its own exchange for minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", verbose=False)
-    config = deepspeed_config(TRAINING.model_copy(update=_deepspeed(stage)))
-    schedule, denoiser = build_schedule(MODEL.schedule), _denoiser()
-    engine, *_ = deepspeed.initialize(
-        model=denoiser, optimizer=_adamw(denoiser), config=config, dist_init_required=False
-    )
-
-    def step(drawn: Drawn) -> float:
-        x_t = q_sample(schedule, drawn.x_0, drawn.noise, drawn.timestep)
-        prediction = engine(x_t, drawn.timestep, drawn.condition)
-        loss = functional.mse_loss(prediction, drawn.noise)
-        engine.backward(loss)
-        engine.step()
-        return loss.item()
-
-    return step
-
-
-def _deepspeed(stage: int) -> dict[str, Any]:
-    return {"engine": "deepspeed", "zero_stage": stage}
-
-
-COMPARISONS = {
-    "one process": Comparison(
-        {},
-        {"bare torch": _bare_torch, "accelerate alone": _accelerate, "MONAI tutorial": _monai},
-        {"bare torch": 1.03, "accelerate alone": 1.0},
-    ),
-    "DeepSpeed stage 0": Comparison(
-        _deepspeed(0),
-        {"bare DeepSpeed 0": lambda: _bare_deepspeed(0), "bare torch": _bare_torch},
-        {"bare DeepSpeed 0": 1.02},
-    ),
-    "DeepSpeed stage 2": Comparison(
-        _deepspeed(2),
-        {"bare DeepSpeed 2": lambda: _bare_deepspeed(2), "bare torch": _bare_torch},
-        {"bare DeepSpeed 2": 1.02},
-    ),
-}
-
-
-# What all loops share.
-
-
-def _denoiser() -> Denoiser:
+def _objective() -> DiffusionObjective:
     torch.manual_seed(0)
-    return build_denoiser(MODEL, LATENT_SHAPE[0], LATENT_SHAPE[1])
-
-
-def _adamw(module: nn.Module) -> torch.optim.Optimizer:
-    rate = TRAINING.learning_rate
-    return torch.optim.AdamW(module.parameters(), rate, weight_decay=0.0, fused=True)
-
-
-def _alone_in_group() -> None:
-    """Tells DeepSpeed that this process is its whole group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (group | {"MASTER_PORT": port}).items():
-        os.environ.setdefault(name, value)
+    denoiser = build_denoiser(MODEL, LATENT_SHAPE[0], LATENT_SHAPE[1])
+    space = LatentSpace(build_autoencoder(AUTOENCODER).eval(), 1.0)
+    return DiffusionObjective(denoiser, space, config=MODEL, seed=0)
 
 
 def _batch(step: int) -> Batch:
@@ -384,14 +145,25 @@ def _batch(step: int) -> Batch:
     }
 
 
-def _drawn(batch: Batch) -> Drawn:
+def _drawn(batch: Batch) -> tuple[Tensor, Tensor, Tensor, ConditionBatch]:
     """What our objective draws for a batch."""
     draws = draw(0, batch["position"], 3, LATENT_SHAPE)
     reader, dropped, time_of = draws.uniform.unbind(1)
     condition = condition_of(batch, reader.numpy()).drop(dropped < MODEL.condition_drop)
     timestep = (time_of * MODEL.num_train_timesteps).long()
-    x_0 = torch.from_numpy(batch["latents"]).float()
-    return Drawn(x_0, draws.noise, timestep, condition)
+    return torch.from_numpy(batch["latents"]).float(), draws.noise, timestep, condition
+
+
+def _report(seconds: NDArray[np.float64]) -> int:
+    ratios = seconds[:, 0] / seconds[:, 1]
+    drawn = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    ours, bare = 1e3 * np.median(seconds, axis=0)
+    ratio = float(np.median(ratios))
+    print(f"{len(ratios)} steps: raysynth {ours:.2f} ms, bare {bare:.2f} ms of processor time")
+    print(f"ratio {ratio:.3f} [{low:.3f}, {high:.3f}], target <= {TARGET}")
+    print(f"load at the end {os.getloadavg()[0]:.2f}")
+    return int(ratio > TARGET)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from raysynth.layout.holes import ORGANS
 from raysynth.layout.morphology import Mask
-from raysynth.metrics.features import EXTRACTOR_WINDOW_HU
 from raysynth.sampling.adherence import NODULE_LUNG_LABELS
 from raysynth.volume import AIR_HU
+from raysynth.window import LUNG_WINDOW_HU
 
 SMALL_IMAGE = 96
 """Below this side a crop of 32 pixels would be most of the slice: then it is 16."""
@@ -96,7 +96,7 @@ def _organs(
 
 def _stretched(hu: NDArray[np.int16]) -> NDArray[np.int16]:
     """The soft-tissue window as wide as the extractors' own."""
-    (low, high), (to_low, to_high) = SOFT_TISSUE_HU, EXTRACTOR_WINDOW_HU
+    (low, high), (to_low, to_high) = SOFT_TISSUE_HU, LUNG_WINDOW_HU
     share = np.clip((hu - low) / (high - low), 0, 1)
     stretched: NDArray[np.int16] = np.round(to_low + share * (to_high - to_low)).astype(np.int16)
     return stretched
