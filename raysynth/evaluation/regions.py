@@ -51,7 +51,7 @@ def cut_regions(
     return {
         "all": Region(hu, every),
         **_organs(hu, layout),
-        f"nodule{size}": Region(_crops(hu[boxed], box[boxed], size), boxed),
+        f"nodule{size}": Region(cut_crops(hu[boxed], box[boxed], size), boxed),
     }
 
 
@@ -67,7 +67,7 @@ def _organs(hu: NDArray[np.int16], layout: NDArray[np.uint8]) -> dict[str, Regio
     return regions
 
 
-def _crops(hu: NDArray[np.int16], box: NDArray[np.int16], size: int) -> NDArray[np.int16]:
+def cut_crops(hu: NDArray[np.int16], box: NDArray[np.int16], size: int) -> NDArray[np.int16]:
     """Squares of `size` pixels around the boxes' centres; what lies outside the slice is air."""
     half = size // 2
     padded = np.pad(hu, ((0, 0), (half, half), (half, half)), constant_values=AIR_HU)

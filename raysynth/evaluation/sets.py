@@ -42,7 +42,7 @@ def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet
         if isinstance(group, zarr.Group) and config.evaluation.controls:
             sets[control] = SampleSet(group)
     real, synthetic = sets["real"], sets["synthetic"]
-    _check_drawn_by(config, synthetic)
+    check_drawn_by(config, synthetic, config.name)
     if real.attrs["intensity"] != "hu":
         raise InputError(
             f"sample set {name} has intensity {real.attrs['intensity']!r}, and these metrics are "
@@ -62,19 +62,23 @@ def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet
     return sets
 
 
-def _check_drawn_by(config: ExperimentConfig, synthetic: SampleSet) -> None:
-    """The run must come from the bundle and settings that its figures will be ascribed to."""
+def check_drawn_by(config: ExperimentConfig, synthetic: SampleSet, name: str) -> None:
+    """A run must come from the bundle and settings that its figures will be ascribed to.
+
+    Raises:
+        InputError: it comes from others.
+    """
     here = config.bundle_path.exists()  # on another machine it may not be
     if here and synthetic.attrs["bundle"] != bundle_digest(config.bundle_path):
         raise InputError(
-            f"synthetic/{config.name} was not drawn by the bundle that is at {config.bundle_path} "
+            f"synthetic/{name} was not drawn by the bundle that is at {config.bundle_path} "
             "now: draw another run (--set name=...), or put its bundle back"
         )
     wanted = config.sampling.model_dump(mode="json")
     for name, stored in synthetic.attrs["passport"].get("sampling", {}).items():
         if name in DRAWING and stored != wanted[name]:
             raise InputError(
-                f"synthetic/{config.name} was drawn with sampling.{name} {stored}, the recipe says "
+                f"synthetic/{name} was drawn with sampling.{name} {stored}, the recipe says "
                 f"{wanted[name]}: set it back, or draw another run"
             )
 

@@ -18,11 +18,11 @@ from raysynth.config import Diffusion, ExperimentConfig, Gan, OfLatents
 from raysynth.data.encode import latents_path
 from raysynth.data.stream import SampleStream
 from raysynth.errors import InputError
-from raysynth.models.autoencoder import VQAutoencoder, build_autoencoder
+from raysynth.models.autoencoder import Autoencoder, VQAutoencoder, build_autoencoder
 from raysynth.models.bundle import bundle_digest, load_bundle, read_facts, save_bundle
 from raysynth.models.denoiser import build_denoiser
 from raysynth.models.facts import BundleFacts
-from raysynth.models.gan import build_adversaries
+from raysynth.models.gan import Adversaries, AutoencoderAdversaries, build_adversaries
 from raysynth.models.space import LatentSpace, PixelSpace, Space
 from raysynth.seeding import fingerprint, seed_of
 from raysynth.store.reader import SampleSet, case_attrs, open_group
@@ -232,7 +232,10 @@ def build_objective(
             if isinstance(autoencoder, VQAutoencoder):
                 hu = _first_training_slices(samples, NUM_CODE_SLICES)
                 autoencoder.spread_codes(torch.from_numpy(normalize(hu, model.window_hu)[:, None]))
-            return AutoencoderObjective(autoencoder, model.window_hu, shape, config.seed)
+            trained: Autoencoder | AutoencoderAdversaries = autoencoder
+            if model.adversarial_weight:
+                trained = AutoencoderAdversaries(autoencoder, model)
+            return AutoencoderObjective(trained, model.window_hu, shape, config.seed)
         space: Space
         if isinstance(model, OfLatents):
             assert latents is not None
@@ -271,9 +274,12 @@ def _save_bundle(
     splits = {case.patient_key: case.split for case in cases}
     patients = Counter(splits.values())
     autoencoder, latent_scale = None, 1.0
-    weights: dict[str, dict[str, Tensor]] = {"autoencoder": outcome.weights}
+    trained = outcome.weights
+    if isinstance(objective.module, Adversaries):
+        trained = _of_generator(trained)
+    weights: dict[str, dict[str, Tensor]] = {"autoencoder": trained}
     if isinstance(objective, AdversarialObjective):
-        weights = {"generator": _of_generator(outcome.weights)}
+        weights = {"generator": trained}
     if isinstance(objective, DiffusionObjective):
         weights = {"denoiser": outcome.weights}
         if isinstance(objective.space, LatentSpace):

@@ -1,0 +1,398 @@
+"""One model at several guidance scales: what each does, and which to take.
+
+At every scale the same requests are drawn from the same noise, each of them twice. Quality is the
+distance to held-out patients, diversity how alike the two samples of a request are, consistency how
+far they show what was asked for (methods, B and F.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from raysynth.config import ExperimentConfig, HoleFilling
+from raysynth.config.model import hears_scores
+from raysynth.errors import InputError
+from raysynth.evaluation.adherence import found_shares
+from raysynth.evaluation.consistency import ScoreJudge, mean_kappa, mean_scores, rounded
+from raysynth.evaluation.intervals import Arm, Interval, Z
+from raysynth.evaluation.judge import MIN_SAMPLES, Arms, judge
+from raysynth.evaluation.measure import ADHERENCE_COLUMNS, Measures, Place
+from raysynth.evaluation.regions import SMALL_IMAGE, cut_crops
+from raysynth.evaluation.sets import check_drawn_by, measure_sets, patients_of
+from raysynth.metrics.image import ms_ssim, num_ssim_scales
+from raysynth.sampling.cohort import diameter_class
+from raysynth.seeding import seed_of
+from raysynth.store.reader import SampleSet
+from storage_schema.v1 import SPLITS
+
+ASPECTS = {
+    "quality": ("fid", "kid"),
+    "diversity": ("ms_ssim",),
+    "consistency": ("kappa", "found"),
+}
+"""Figures by what they say something of. FID and KID: lower is better; MS-SSIM: the nearer to that
+of patients; kappa and the share found: higher."""
+
+RULE = (
+    "best mean rank over quality (FID and KID), diversity (how near MS-SSIM is to that of patients)"
+    " and consistency (kappa and share found); of equal ones the smallest scale"
+)
+
+SSIM_WINDOW_HU = (-1000.0, 400.0)
+"""The same for all models, so that values compare."""
+
+MAX_PAIRS = 1000
+PAIRS_AT_ONCE = 32
+
+MAX_SCORE_GAP = 1.0
+"""By which scores of real nodules may differ and still count as the same request: two readers of
+one nodule differ by no more in 75 to 90 % of cases."""
+
+Pairs = NDArray[np.int64]
+"""Rows of two samples of one set that share a request, (n, 2)."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % interval, if there were enough samples for one."""
+
+    value: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class SweptScale:
+    """What one guidance scale does.
+
+    Attributes:
+        scale: the guidance scale.
+        figures: by name, see `ASPECTS`; those that could be had.
+        ranks: by aspect, 1 is best; the mean over its figures' ranks.
+        mean_rank: over the aspects; None where nothing could be ranked.
+    """
+
+    scale: float
+    figures: dict[str, Figure]
+    ranks: dict[str, float]
+    mean_rank: float | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A guidance-scale sweep.
+
+    Attributes:
+        scales: in ascending order.
+        patients: the same figures of real samples: floors of FID and KID, MS-SSIM of real nodules
+            of like scores and size, kappa of the judge on held-out ones, share found.
+        keys: metric keys, by figure.
+        reference: split of the patients that FID and KID compare with.
+        samples: drawn at each scale, two a request.
+        chosen: by `rule`; None where nothing could be ranked.
+        rule: how.
+    """
+
+    scales: list[SweptScale]
+    patients: dict[str, Figure]
+    keys: dict[str, str]
+    reference: str
+    samples: int
+    chosen: float | None
+    rule: str
+
+
+def sweep(
+    config: ExperimentConfig,
+    root: zarr.Group,
+    real: SampleSet,
+    measured: Measures,
+    is_reference: NDArray[np.bool_],
+    judges: tuple[Place, dict[str, ScoreJudge]] | None,
+) -> Sweep:
+    """Judges every scale of a recipe by the same patients.
+
+    Needs a Ray session.
+
+    Args:
+        config: the recipe.
+        root: of the store.
+        real: the real sample set.
+        measured: what was measured of it.
+        is_reference: slices that the run itself is judged by.
+        judges: of scores, and where they look; None: too few nodules.
+
+    Raises:
+        InputError: a scale was not drawn, or by another bundle or settings.
+    """
+    sets = {
+        f"{scale:g}": _drawn(config, root, scale) for scale in config.evaluation.guidance_scales
+    }
+    patients = patients_of(root, {"real": real, **sets})
+    measures = measure_sets(sets, config)
+    reference, compared = _reference(config, real, is_reference)
+    found = _distances(config, sets, measures, measured, patients, compared)
+    keys = {key.partition("/")[0]: key for of_set in found.values() for key in of_set}
+    figures = {
+        name: {key.partition("/")[0]: figure for key, figure in of_set.items()}
+        for name, of_set in found.items()
+    }
+    keys["ms_ssim"], likeness = _likeness(config, sets, real, measured, patients["real"])
+    for name, figure in likeness.items():
+        figures[name]["ms_ssim"] = figure
+    for name, of_set in {**measures, "patients": measured}.items():
+        share = found_shares(of_set.adherence.compute()[1], name)[name]
+        if share.found is not None:
+            figures[name]["found"] = Figure(share.found, share.interval)
+    if judges is not None and hears_scores(config.model):
+        for name, figure in _kappas(judges, sets, measures, real, measured, config.seed).items():
+            figures[name]["kappa"] = figure
+    of_patients = figures.pop("patients")
+    swept, chosen = rank({float(name): of_set for name, of_set in figures.items()}, of_patients)
+    count = next(iter(sets.values())).count
+    return Sweep(swept, of_patients, keys, reference, count, chosen, RULE)
+
+
+def rank(
+    figures: Mapping[float, dict[str, Figure]], patients: Mapping[str, Figure]
+) -> tuple[list[SweptScale], float | None]:
+    """Every scale with its ranks, in ascending order, and the one with the best mean rank.
+
+    A figure that some scale lacks, or MS-SSIM without that of patients, ranks nothing.
+    """
+    scales = sorted(figures)
+    ranks: dict[str, NDArray[np.float64]] = {}
+    for aspect, names in ASPECTS.items():
+        of_figures = []
+        for name in names:
+            if not all(name in figures[scale] for scale in scales):
+                continue
+            values = np.array([figures[scale][name].value for scale in scales])
+            if name == "ms_ssim":
+                if name not in patients:
+                    continue
+                values = np.abs(values - patients[name].value)
+            of_figures.append(rankdata(values if aspect != "consistency" else -values))
+        if of_figures:
+            ranks[aspect] = np.mean(of_figures, axis=0)
+    means = np.mean(list(ranks.values()), axis=0) if ranks else None
+    swept = [
+        SweptScale(
+            scale,
+            figures[scale],
+            {aspect: float(values[row]) for aspect, values in ranks.items()},
+            None if means is None else float(means[row]),
+        )
+        for row, scale in enumerate(scales)
+    ]
+    return swept, None if means is None else scales[int(np.argmin(means))]
+
+
+def match_nodules(
+    scores: NDArray[np.floating],
+    diameter_mm: NDArray[np.floating],
+    patients: NDArray[np.int64],
+    seed: int,
+) -> Pairs:
+    """Real nodules of different patients that could have been the same request, none twice.
+
+    Args:
+        scores: mean of the readers (n, k); NaN where nobody gave one. k = 0: sizes alone count.
+        diameter_mm: of each (n,).
+        patients: whose they are (n,).
+        seed: of the order in which they find each other.
+
+    Returns:
+        Pairs of rows whose scores differ by `MAX_SCORE_GAP` at most, of one class of diameters.
+    """
+    order = np.random.default_rng(seed).permutation(len(scores))
+    sizes = np.array([diameter_class(mm) for mm in diameter_mm], int)
+    free = np.isfinite(scores).all(axis=1)
+    pairs = []
+    for one in order:
+        if not free[one]:
+            continue
+        like = free & (patients != patients[one]) & (sizes == sizes[one])
+        like &= (np.abs(scores - scores[one]) <= MAX_SCORE_GAP).all(axis=1)
+        others = order[like[order]]
+        if len(others):
+            pairs.append((one, others[0]))
+            free[[one, others[0]]] = False
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _drawn(config: ExperimentConfig, root: zarr.Group, scale: float) -> SampleSet:
+    name = config.swept_name(scale)
+    group = root.get(f"synthetic/{name}")
+    if not isinstance(group, zarr.Group):
+        raise InputError(
+            f"evaluation.guidance_scales asks for {scale:g}, and the store has no synthetic/{name}:"
+            " run synthesize again, or leave that scale out"
+        )
+    drawn = SampleSet(group)
+    sampling = config.sampling.model_copy(update={"guidance_scale": scale})
+    check_drawn_by(config.model_copy(update={"sampling": sampling}), drawn, name)
+    return drawn
+
+
+def _reference(
+    config: ExperimentConfig, real: SampleSet, is_reference: NDArray[np.bool_]
+) -> tuple[str, NDArray[np.bool_]]:
+    """Patients to choose by: others than those who judge the run, where there are enough."""
+    validating = real.index["split"] == SPLITS.index("val")
+    # Holes are made in slices of test patients.
+    if isinstance(config.model, HoleFilling) or np.count_nonzero(validating) < MIN_SAMPLES:
+        return "test", is_reference
+    return "val", validating
+
+
+def _distances(
+    config: ExperimentConfig,
+    sets: Mapping[str, SampleSet],
+    measures: Mapping[str, Measures],
+    measured: Measures,
+    patients: Mapping[str, NDArray[np.int64]],
+    compared: NDArray[np.bool_],
+) -> dict[str, dict[str, Figure]]:
+    """FID and KID of whole slices by key, of every set, and their floors as those of `patients`.
+
+    By the first extractor.
+    """
+    import ray
+
+    place = next(place for place in measured.tables if place[0] == "all")
+    rows, features = measured.tables[place].compute()
+    real = Arm(features, patients["real"][rows])
+    task = ray.remote(num_cpus=1)(judge)
+    futures = {}
+    for name in sets:
+        rows_of_set, features = measures[name].tables[place].compute()
+        owners = patients[name]
+        # Who lends nothing is told apart by the request.
+        owners = np.where(owners < 0, -1 - np.arange(len(owners)) // 2, owners)[rows_of_set]
+        arms = Arms(real, real.take(compared[rows]), {"synthetic": Arm(features, owners)})
+        draws, seed = config.evaluation.num_bootstrap, config.seed
+        asked = place, arms, draws, seed, ASPECTS["quality"]
+        futures[name] = task.remote(*asked)  # type: ignore[call-arg]  # Ray forgets the default
+    found: dict[str, dict[str, Figure]] = {"patients": {}}
+    for name, future in futures.items():
+        results = ray.get(future)
+        found[name] = {key: Figure(one.value, one.interval) for key, one in results.items()}
+        found["patients"] = {
+            key: Figure(one.floor, one.floor_interval)
+            for key, one in results.items()
+            if one.floor is not None
+        }
+    return found
+
+
+def _likeness(
+    config: ExperimentConfig,
+    sets: Mapping[str, SampleSet],
+    real: SampleSet,
+    measured: Measures,
+    patients: NDArray[np.int64],
+) -> tuple[str, dict[str, Figure]]:
+    """Mean MS-SSIM of pairs of one request, and its key."""
+    import ray
+
+    pairs = {name: _twins(drawn) for name, drawn in sets.items()}
+    count = min(MAX_PAIRS, *map(len, pairs.values()))
+    region, size = "all", real.shape[-1]
+    drawn = next(iter(sets.values()))
+    if (drawn.index["box"][:, 0] >= 0).any():
+        size = 32 if size >= SMALL_IMAGE else 16
+        region = f"nodule{size}"
+        rows, table = measured.adherence.compute()
+        diameter_mm = table[:, ADHERENCE_COLUMNS.index("requested_mm")]
+        pairs["patients"] = _real_pairs(config, real, rows, diameter_mm, patients)
+    task = ray.remote(num_cpus=1)(_mean_likeness)
+    futures = {
+        name: task.remote(sets.get(name, real), of_set[:MAX_PAIRS], size)
+        for name, of_set in pairs.items()
+        if len(of_set)
+    }
+    key = f"ms_ssim/slice/{region}/{num_ssim_scales(size)}-scales@1/{count}"
+    return key, {name: ray.get(future) for name, future in futures.items()}
+
+
+def _twins(drawn: SampleSet) -> Pairs:
+    """Each request's two samples; where any asks for a nodule, of those that do."""
+    pairs = np.arange(drawn.count).reshape(-1, 2)
+    boxed = drawn.index["box"][pairs[:, 0], 0] >= 0
+    chosen: Pairs = pairs[boxed] if boxed.any() else pairs
+    return chosen
+
+
+def _real_pairs(
+    config: ExperimentConfig,
+    real: SampleSet,
+    rows: NDArray[np.int64],
+    diameter_mm: NDArray[np.floating],
+    patients: NDArray[np.int64],
+) -> Pairs:
+    """Pairs of rows of the real set; of each nodule its largest section."""
+    if not len(rows):
+        return np.zeros((0, 2), np.int64)
+    order = np.argsort(-diameter_mm, kind="stable")
+    rows, diameter_mm = rows[order], diameter_mm[order]
+    nodules = np.stack([real.index["case"][rows], real.index["nodule"][rows]], axis=1)
+    _, first = np.unique(nodules, axis=0, return_index=True)
+    rows, diameter_mm = rows[first], diameter_mm[first]
+    scores = np.zeros((len(rows), 0))
+    if hears_scores(config.model):
+        scores = np.stack(list(mean_scores(real.index["ratings"][rows]).values()), axis=1)
+    seed = seed_of("like nodules", config.seed)
+    pairs: Pairs = rows[match_nodules(scores, diameter_mm, patients[rows], seed)]
+    return pairs
+
+
+def _mean_likeness(samples: SampleSet, pairs: Pairs, size: int) -> Figure:
+    """Mean MS-SSIM of crops of `size` pixels around the boxes; of whole slices, if so large."""
+    values = []
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        images = []
+        for rows in pairs[start : start + PAIRS_AT_ONCE].T:
+            hu = np.concatenate([samples.read("hu", int(row), int(row) + 1) for row in rows])
+            box = samples.index["box"][rows]
+            images.append(hu if size == hu.shape[-1] else cut_crops(hu, box, size))
+        values.append(ms_ssim(images[0], images[1], SSIM_WINDOW_HU))
+    return _mean(np.concatenate(values))
+
+
+def _mean(values: NDArray[np.float64]) -> Figure:
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Figure(mean, None)
+    spread = Z * float(values.std(ddof=1)) / len(values) ** 0.5
+    return Figure(mean, (mean - spread, mean + spread))
+
+
+def _kappas(
+    judges: tuple[Place, dict[str, ScoreJudge]],
+    sets: Mapping[str, SampleSet],
+    measures: Mapping[str, Measures],
+    real: SampleSet,
+    measured: Measures,
+    seed: int,
+) -> dict[str, Figure]:
+    """Kappa, mean over the scores, of every set and of held-out patients."""
+    place, score_judges = judges
+    found = {}
+    for name, drawn in sets.items():
+        if place in measures[name].tables:
+            rows, features = measures[name].tables[place].compute()
+            asked = drawn.index["attributes"][rows]
+            found[name] = mean_kappa(score_judges, features, asked, rows // 2, seed)
+    rows, features = measured.tables[place].compute()
+    held_out = real.index["split"][rows] == SPLITS.index("test")
+    rows, features = rows[held_out], features[held_out]
+    scores = np.stack(list(mean_scores(real.index["ratings"][rows]).values()), axis=1)
+    given = np.where(np.isfinite(scores), rounded(scores), 0).astype(np.uint8)
+    found["patients"] = mean_kappa(score_judges, features, given, rows, seed)
+    return {name: Figure(*kappa) for name, kappa in found.items() if kappa is not None}
