@@ -22,11 +22,11 @@ from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
 from raysynth.errors import InputError
 
-CONTROL_SUFFIXES = UNTRAINED, SHUFFLED = "_untrained", "_shuffled"
+UNTRAINED, SHUFFLED = "_untrained", "_shuffled"
 """Runs drawn beside a recipe's own, to compare: with fresh weights, and with requests exchanged."""
 
-SWEPT = re.compile(r"_scale_[0-9.]+$")
-"""How runs end that are drawn at one of `evaluation.guidance_scales`."""
+DRAWN_BESIDE = re.compile(rf"({UNTRAINED}|{SHUFFLED}|_scale_[0-9.]+)$")
+"""How those end, and runs at one of `evaluation.guidance_scales`."""
 
 
 class ExperimentConfig(Section):
@@ -123,13 +123,12 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _names_no_control(self) -> ExperimentConfig:
-        swept = SWEPT.search(self.name)
-        for suffix in (*CONTROL_SUFFIXES, *([swept.group()] if swept else [])):
-            if self.name.endswith(suffix):
-                raise ValueError(
-                    f"name {self.name!r}: runs that end in {suffix} are controls of others; "
-                    "choose another name"
-                )
+        beside = DRAWN_BESIDE.search(self.name)
+        if beside:
+            raise ValueError(
+                f"name {self.name!r}: runs that end in {beside.group()} are controls of others; "
+                "choose another name"
+            )
         return self
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ from raysynth.evaluation.judge import Arms, MetricResult, judge
 from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place
 from raysynth.evaluation.notices import notices_of
 from raysynth.evaluation.sets import measure_sets, open_sets, patients_of
-from raysynth.evaluation.sweep import Sweep, sweep
+from raysynth.evaluation.sweep import Sweep, open_scales, sweep
 from raysynth.metrics.features import load_extractor
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import main_snapshot, open_root
@@ -111,7 +111,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         load_extractor(extractor, config.evaluation.inception_weights)
     snapshot = main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
-    sets = open_sets(root, config)
+    sets, scales = open_sets(root, config), open_scales(config, root)
     patients = patients_of(root, sets)
     measures = measure_sets(sets, config)
     is_reference = sets["real"].index["split"] == SPLITS.index("test")
@@ -125,9 +125,8 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         "reference": len(np.unique(patients["real"][is_reference])),
     }
     judges = _score_judges(computed["real"], sets["real"])
-    swept = None
-    if config.evaluation.guidance_scales:
-        swept = sweep(config, root, sets["real"], measures["real"], is_reference, judges)
+    real = sets["real"], measures["real"]
+    swept = sweep(config, root, scales, *real, is_reference, judges) if scales else None
     tables = {name: measured.adherence.compute()[1] for name, measured in measures.items()}
     path = config.work_dir / "evaluation" / f"{config.name}.json"
     summary = EvaluationSummary(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def check_drawn_by(config: ExperimentConfig, synthetic: SampleSet, name: str) ->
             )
 
 
-def patients_of(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArray[np.int64]]:
+def patients_of(root: zarr.Group, sets: Mapping[str, SampleSet]) -> dict[str, NDArray[np.int64]]:
     """The number of each sample's patient; of a synthetic one, of the patient who lent the layout.
 
     A sample on nobody's layout is its own patient, with a negative number.
@@ -101,7 +101,7 @@ def patients_of(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArr
     return patients
 
 
-def measure_sets(sets: dict[str, SampleSet], config: ExperimentConfig) -> dict[str, Measures]:
+def measure_sets(sets: Mapping[str, SampleSet], config: ExperimentConfig) -> dict[str, Measures]:
     """Measures every set, one Ray task a shard."""
     import ray
 

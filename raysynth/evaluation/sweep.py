@@ -107,9 +107,20 @@ class Sweep:
     rule: str
 
 
+def open_scales(config: ExperimentConfig, root: zarr.Group) -> dict[str, SampleSet]:
+    """The runs at the recipe's `evaluation.guidance_scales`, by scale, in ascending order.
+
+    Raises:
+        InputError: one was not drawn, or by another bundle or settings.
+    """
+    scales = sorted(config.evaluation.guidance_scales)
+    return {f"{scale:g}": _drawn(config, root, scale) for scale in scales}
+
+
 def sweep(
     config: ExperimentConfig,
     root: zarr.Group,
+    sets: Mapping[str, SampleSet],
     real: SampleSet,
     measured: Measures,
     is_reference: NDArray[np.bool_],
@@ -122,17 +133,12 @@ def sweep(
     Args:
         config: the recipe.
         root: of the store.
+        sets: from `open_scales`.
         real: the real sample set.
         measured: what was measured of it.
         is_reference: slices that the run itself is judged by.
         judges: of scores, and where they look; None: too few nodules.
-
-    Raises:
-        InputError: a scale was not drawn, or by another bundle or settings.
     """
-    sets = {
-        f"{scale:g}": _drawn(config, root, scale) for scale in config.evaluation.guidance_scales
-    }
     patients = patients_of(root, {"real": real, **sets})
     measures = measure_sets(sets, config)
     reference, compared = _reference(config, real, is_reference)
