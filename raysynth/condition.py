@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.case import CONDITION_ATTRIBUTES, LUNG_LABELS, Label
+from raysynth.errors import InputError
+
+NUM_SCORES = 5
+
 Box = tuple[int, int, int, int]
 
 
@@ -29,3 +34,71 @@ class Condition:
     text: str | None = None
     known_hu: NDArray[np.int16] | None = None
     known_mask: NDArray[np.bool_] | None = None
+
+
+def check_condition(condition: Condition, size: int, *, inside_lung: bool = False) -> None:
+    """Refuses a request that no model of 2D samples can be asked.
+
+    Args:
+        condition: the request.
+        size: pixels along a sample's side.
+        inside_lung: refuse also a box whose middle is no lung of its layout. The published prior
+            puts boxes there.
+
+    Raises:
+        InputError: says which part, its value, and what would do.
+    """
+    _check_layout(condition.layout, size)
+    _check_box(condition, size, inside_lung)
+    _check_scores(condition.attributes)
+    known = condition.known_hu, condition.known_mask
+    if (known[0] is None) != (known[1] is None):
+        raise InputError("known_hu and known_mask: give both, or neither")
+    for name, part in zip(("known_hu", "known_mask"), known, strict=True):
+        if part is not None and part.shape != (size, size):
+            raise InputError(f"{name} of shape {part.shape}: this model needs ({size}, {size})")
+
+
+def _check_layout(layout: NDArray[np.uint8] | None, size: int) -> None:
+    if layout is None:
+        return
+    if layout.shape != (size, size):
+        raise InputError(f"layout of shape {layout.shape}: this model needs ({size}, {size})")
+    if layout.dtype != np.uint8:
+        raise InputError(f"layout of type {layout.dtype}: give labels as uint8")
+    unknown = np.setdiff1d(layout, np.array(list(Label), np.uint8))
+    if len(unknown):
+        known = ", ".join(f"{label} {label.name.lower().replace('_', ' ')}" for label in Label)
+        raise InputError(f"layout has unknown labels {', '.join(map(str, unknown))}: give {known}")
+
+
+def _check_box(condition: Condition, size: int, inside_lung: bool) -> None:
+    box, layout = condition.box, condition.layout
+    if box is None:
+        return
+    if len(box) != 4 or not all(isinstance(edge, int | np.integer) for edge in box):
+        raise InputError(f"box {box}: give four whole numbers (y0, x0, y1, x1)")
+    y0, x0, y1, x1 = box
+    if not (0 <= y0 < y1 <= size and 0 <= x0 < x1 <= size):
+        raise InputError(
+            f"box {box}: give (y0, x0, y1, x1) with 0 <= y0 < y1 <= {size}, and x likewise"
+        )
+    # A layout of nothing but background says nothing of anatomy.
+    if inside_lung and layout is not None and layout.any():
+        rows, columns = (slice((a + b - 1) // 2, (a + b) // 2 + 1) for a, b in ((y0, y1), (x0, x1)))
+        if not np.isin(layout[rows, columns], (*LUNG_LABELS, Label.NODULE)).any():
+            raise InputError(
+                f"box {box} lies outside the lungs of its layout: move it into labels "
+                f"{Label.LEFT_LUNG} or {Label.RIGHT_LUNG}"
+            )
+
+
+def _check_scores(scores: tuple[int, ...] | None) -> None:
+    if scores is None:
+        return
+    fit = (isinstance(one, int | np.integer) and 0 <= one <= NUM_SCORES for one in scores)
+    if len(scores) != len(CONDITION_ATTRIBUTES) or not all(fit):
+        raise InputError(
+            f"attributes {scores}: give {len(CONDITION_ATTRIBUTES)} scores 1-{NUM_SCORES} (0: not "
+            f"given) for {', '.join(CONDITION_ATTRIBUTES)}"
+        )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 
@@ -22,4 +22,16 @@ class EvaluationConfig(Section):
     controls: bool = True
     """Also sample an untrained model and shuffled conditions, and judge them the same way."""
     num_control_samples: int | None = Field(None, ge=2)
-    """Samples of each control; None: as many as the run has."""
+    """Samples of each control and of each swept scale; None: as many as the run has."""
+    guidance_scales: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Scales at which the same requests are drawn from the same noise once more, to choose one: the
+    report shows quality, diversity and consistency over them. Each request is drawn twice."""
+
+    @model_validator(mode="after")
+    def _scales_differ(self) -> EvaluationConfig:
+        asked = [f"{scale:g}" for scale in self.guidance_scales]
+        if len(asked) == 1 or len(set(asked)) < len(asked):
+            raise ValueError(
+                f"guidance_scales {', '.join(asked)}: give two or more different ones, or none"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
 from raysynth.errors import InputError
 
-CONTROL_SUFFIXES = UNTRAINED, SHUFFLED = "_untrained", "_shuffled"
+UNTRAINED, SHUFFLED = "_untrained", "_shuffled"
 """Runs drawn beside a recipe's own, to compare: with fresh weights, and with requests exchanged."""
+
+DRAWN_BESIDE = re.compile(rf"({UNTRAINED}|{SHUFFLED}|_scale_[0-9.]+)$")
+"""How those end, and runs at one of `evaluation.guidance_scales`."""
 
 
 class ExperimentConfig(Section):
@@ -62,6 +66,10 @@ class ExperimentConfig(Section):
         """The autoencoder bundle of a latent model."""
         assert isinstance(self.model, OfLatents)
         return self.work_dir / self.model.autoencoder
+
+    def swept_name(self, guidance_scale: float) -> str:
+        """The run that is drawn at one of `evaluation.guidance_scales`."""
+        return f"{self.name}_scale_{guidance_scale:g}"
 
     @property
     def slices(self) -> SliceSamples:
@@ -132,12 +140,27 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _names_no_control(self) -> ExperimentConfig:
-        for suffix in CONTROL_SUFFIXES:
-            if self.name.endswith(suffix):
-                raise ValueError(
-                    f"name {self.name!r}: runs that end in {suffix} are controls of others; "
-                    "choose another name"
-                )
+        beside = DRAWN_BESIDE.search(self.name)
+        if beside:
+            raise ValueError(
+                f"name {self.name!r}: runs that end in {beside.group()} are controls of others; "
+                "choose another name"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_guided(self) -> ExperimentConfig:
+        scales, model = self.evaluation.guidance_scales, self.model
+        if scales and not isinstance(model, Diffusion):
+            raise ValueError(
+                f"evaluation.guidance_scales with model.family {model.family}: only diffusion "
+                "models are guided; leave them out"
+            )
+        if scales and isinstance(model, Diffusion) and not model.condition_drop:
+            raise ValueError(
+                "evaluation.guidance_scales with model.condition_drop 0: this model never learns "
+                "what no condition looks like; drop some, or leave the scales out"
+            )
         return self
 
     @model_validator(mode="after")

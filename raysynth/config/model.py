@@ -51,6 +51,10 @@ class Autoencoder(OfImages):
     channels: tuple[PositiveInt, ...] = Field((64, 128, 256), min_length=1)
     num_res_blocks: int = Field(2, ge=1)
     norm_num_groups: int = Field(32, ge=1)
+    adversarial_weight: float = Field(0.0, ge=0)
+    """Of being taken for real by a discriminator of patches, beside the reconstruction error; 0:
+    there is none. About 0.1 sharpens textures, which then are invented in part."""
+    discriminator_channels: PositiveInt = 64
 
     @property
     def downsampling(self) -> int:
@@ -273,6 +277,8 @@ class SemanticDiffusionConfig(Diffusion, UNet, OfImages):
     family: Literal["semantic_diffusion"] = "semantic_diffusion"
     layout_channels: PositiveInt = 128
     """Hidden channels between the layout and each normalisation's scale and shift."""
+    edge_map: bool = False
+    """One channel more beside the labels: 1 where a neighbour has another label."""
     schedule: ScheduleName = "linear"
     condition_drop: float = Field(0.2, ge=0, lt=1)
 
@@ -343,6 +349,15 @@ DiffusionConfig = (
     | SemanticDiffusionConfig
     | InpaintingConfig
 )
+
+
+def hears_scores(model: Section) -> bool:
+    """Whether a model is told the five scores of a nodule, as numbers or in words."""
+    if isinstance(model, LatentDiffusionConfig):
+        return model.conditioning >= 3
+    return isinstance(model, TextDiffusionConfig)
+
+
 GanConfig = SpadeGanConfig | Pix2PixConfig
 
 ModelConfig = Annotated[

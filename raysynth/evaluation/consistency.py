@@ -73,7 +73,7 @@ class ScoreJudge:
                 best = error
                 self.weights = vt.T @ (kept / singular.clip(min=1e-12) * (u.T @ y))
                 guesses = y - left_out
-        shares = np.cumsum([np.mean(_rounded(scores) == score) for score in SCORES[:-1]])
+        shares = np.cumsum([np.mean(rounded(scores) == score) for score in SCORES[:-1]])
         self.cuts = np.quantile(guesses + self.offset, np.minimum(shares, 1.0))
 
     def __call__(self, features: Features) -> NDArray[np.int64]:
@@ -91,9 +91,9 @@ def train_judges(features: Features, ratings: NDArray[np.uint8]) -> dict[str, Sc
         ratings: by all their readers (n, readers, 9); 0 = absent.
     """
     judges = {}
-    for name, scores in _mean_scores(ratings).items():
+    for name, scores in mean_scores(ratings).items():
         given = np.isfinite(scores)
-        if np.count_nonzero(given) >= MIN_NODULES and len(np.unique(_rounded(scores[given]))) > 1:
+        if np.count_nonzero(given) >= MIN_NODULES and len(np.unique(rounded(scores[given]))) > 1:
             judges[name] = ScoreJudge(features[given], scores[given])
     return judges
 
@@ -102,11 +102,11 @@ def of_readers(
     judges: dict[str, ScoreJudge], features: Features, ratings: NDArray[np.uint8], seed: int
 ) -> dict[str, Agreement]:
     """The judges beside the readers of other real nodules: what they can do at best."""
-    means = _mean_scores(ratings)
+    means = mean_scores(ratings)
     return _compared(
         judges,
         features,
-        {name: np.where(np.isfinite(m), _rounded(m), 0).astype(int) for name, m in means.items()},
+        {name: np.where(np.isfinite(m), rounded(m), 0).astype(int) for name, m in means.items()},
         seed,
     )
 
@@ -153,6 +153,55 @@ def quadratic_kappa(one: NDArray[np.integer], other: NDArray[np.integer]) -> flo
     return 1 - float((weight * seen).sum()) / expected if expected else 0.0
 
 
+def mean_kappa(
+    judges: dict[str, ScoreJudge],
+    features: Features,
+    attributes: NDArray[np.uint8],
+    requests: NDArray[np.int64],
+    seed: int,
+    num_draws: int = 500,
+) -> tuple[float, Interval] | None:
+    """Quadratic kappa of the judges, mean over the scores, with its 95 % interval.
+
+    Args:
+        judges: from `train_judges`.
+        features: of nodules (n, dim).
+        attributes: their scores (n, 5); 0 = not given.
+        requests: number of the request that each was drawn for (n,); the interval draws requests.
+        seed: of the drawing.
+        num_draws: behind the interval.
+
+    Returns:
+        None where there are no scores to compare.
+    """
+    asked = dict(zip(CONDITION_ATTRIBUTES, attributes.astype(int).T, strict=True))
+    pairs = {
+        name: (judge(features), asked[name])
+        for name, judge in judges.items()
+        if len(features) and (asked[name] > 0).any()
+    }
+    if not pairs:
+        return None
+
+    def mean_over(rows: NDArray[np.int64]) -> float:
+        kappas = []
+        for judged, given in pairs.values():
+            known = rows[given[rows] > 0]
+            kappas.append(quadratic_kappa(judged[known], given[known]) if len(known) else 0.0)
+        return float(np.mean(kappas))
+
+    rng = np.random.default_rng(seed)
+    _, which = np.unique(requests, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(which[order])) + 1)
+    drawn = [
+        mean_over(np.concatenate([parts[part] for part in rng.integers(0, len(parts), len(parts))]))
+        for _ in range(num_draws)
+    ]
+    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return mean_over(np.arange(len(features))), (float(low), float(high))
+
+
 def _compared(
     judges: dict[str, ScoreJudge],
     features: Features,
@@ -184,13 +233,14 @@ def _agreement(
     )
 
 
-def _mean_scores(ratings: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
+def mean_scores(ratings: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
     """Mean over the readers who gave one, by the name of the score; NaN where nobody did."""
     total, readers = ratings.sum(axis=1), (ratings > 0).sum(axis=1)
     means = np.where(readers > 0, total / np.maximum(readers, 1), np.nan)
     return dict(zip(CONDITION_ATTRIBUTES, means[:, CONDITION_COLUMNS].T, strict=True))
 
 
-def _rounded(scores: NDArray[np.floating]) -> NDArray[np.floating]:
-    rounded: NDArray[np.floating] = np.floor(scores + 0.5)
-    return rounded
+def rounded(scores: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The nearest score; halves go up."""
+    whole: NDArray[np.floating] = np.floor(scores + 0.5)
+    return whole

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.case import CONDITION_ATTRIBUTES, Intensity
+from raysynth.case import CONDITION_ATTRIBUTES
 from raysynth.config import ExperimentConfig, HoleFilling
 from raysynth.evaluation.adherence import (
     AttributeCoverage,
@@ -28,6 +28,7 @@ from raysynth.evaluation.adherence import (
 )
 from raysynth.evaluation.consistency import (
     Agreement,
+    ScoreJudge,
     between_readers,
     of_readers,
     of_requests,
@@ -42,9 +43,10 @@ from raysynth.evaluation.fills import (
 )
 from raysynth.evaluation.intervals import Arm
 from raysynth.evaluation.judge import Arms, MetricResult, judge
-from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place
+from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place, told
 from raysynth.evaluation.notices import notices_of
 from raysynth.evaluation.sets import measure_sets, open_sets, patients_of
+from raysynth.evaluation.sweep import Sweep, open_scales, sweep
 from raysynth.metrics.features import load_extractor
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import main_snapshot, open_root
@@ -72,6 +74,7 @@ class EvaluationSummary:
             and attribute; `real`: with the readers of held-out nodules.
         reader_kappa: how far two readers of LIDC agree, by attribute.
         fills: of models that fill holes, how they lie in their slices, by set.
+        sweep: over `evaluation.guidance_scales`; None without any.
         samples: stored, by set; at most `sets.MAX_SAMPLES` of each are measured.
         patients: real ones in all, and in the reference.
         indicative: so few patients that every figure is no more than a hint.
@@ -92,6 +95,7 @@ class EvaluationSummary:
     consistency: dict[str, dict[str, Agreement]]
     reader_kappa: dict[str, float]
     fills: dict[str, FillQuality]
+    sweep: Sweep | None
     samples: dict[str, int]
     patients: dict[str, int]
     indicative: bool
@@ -115,7 +119,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         load_extractor(extractor, config.evaluation.inception_weights)
     snapshot = main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
-    sets = open_sets(root, config)
+    sets, scales = open_sets(root, config), open_scales(config, root)
     patients = patients_of(root, sets)
     is_reference = sets["real"].index["split"] == SPLITS.index("test")
     fills, hole = {}, None
@@ -131,12 +135,16 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         }
     measures = measure_sets(sets, config, hole)
     intensity = sets["real"].attrs["intensity"]
-    computed = {name: _told(measured.compute(), intensity) for name, measured in measures.items()}
-    metrics = _judge(computed, sets, patients, is_reference, config)
+    computed = {name: measured.compute() for name, measured in measures.items()}
+    shown = {name: told(found, intensity) for name, found in computed.items()}
+    metrics = _judge(shown, sets, patients, is_reference, config)
     counts = {
         "real": len(np.unique(patients["real"])),
         "reference": len(np.unique(patients["real"][is_reference])),
     }
+    judges = _score_judges(computed["real"], sets["real"])
+    real = sets["real"], measures["real"]
+    swept = sweep(config, root, scales, *real, is_reference, judges) if scales else None
     tables = {name: measured.adherence.compute()[1] for name, measured in measures.items()}
     path = config.work_dir / "evaluation" / f"{config.name}.json"
     summary = EvaluationSummary(
@@ -156,9 +164,10 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         draws=mean_count(sets["synthetic"].index["draws"]),
         coverage=attribute_coverage(sets["synthetic"].index["attributes"]),
         cohort=_cohort(config, sets["synthetic"], measures["synthetic"]),
-        consistency=_consistency(computed, sets, config.seed),
+        consistency=_consistency(judges, computed, sets, config.seed),
         reader_kappa=between_readers(),
         fills=fills,
+        sweep=swept,
         samples={name: samples.count for name, samples in sets.items()},
         patients=counts,
         indicative=is_indicative(counts["real"]),
@@ -215,20 +224,6 @@ def _judge(
     return results
 
 
-def _told(computed: Computed, intensity: Intensity) -> Computed:
-    """What may be told: of grey values without a unit nothing in HU, and features under a mark.
-
-    A figure of theirs is none to compare with one of images in HU, so its key is another.
-    """
-    if intensity == "hu":
-        return computed
-    return {
-        (region, extractor.replace("@", "-relative@")): found
-        for (region, extractor), found in computed.items()
-        if extractor != HISTOGRAMS
-    }
-
-
 def _cohort(
     config: ExperimentConfig, synthetic: SampleSet, measured: Measures
 ) -> dict[str, dict[str, CohortShare]]:
@@ -239,27 +234,44 @@ def _cohort(
     return cohort_shares(config.sampling.cohort, texture, table)
 
 
-def _consistency(
-    computed: dict[str, Computed], sets: dict[str, SampleSet], seed: int
-) -> dict[str, dict[str, Agreement]]:
-    """Agreement of every set, read off the first extractor's features of nodule crops."""
+def _score_judges(
+    computed: Computed, real: SampleSet
+) -> tuple[Place, dict[str, ScoreJudge]] | None:
+    """Judges of scores, trained on nodules of training patients, and where they look.
+
+    They read the first extractor's features of nodule crops.
+    """
     places = [
         (region, extractor)
-        for region, extractor in computed["real"]
+        for region, extractor in computed
         if region.startswith("nodule") and extractor != HISTOGRAMS
     ]
     if not places:
+        return None
+    rows, features = computed[places[0]]
+    learns = real.index["split"][rows] == SPLITS.index("train")
+    return places[0], train_judges(features[learns], real.index["ratings"][rows][learns])
+
+
+def _consistency(
+    judges: tuple[Place, dict[str, ScoreJudge]] | None,
+    computed: dict[str, Computed],
+    sets: dict[str, SampleSet],
+    seed: int,
+) -> dict[str, dict[str, Agreement]]:
+    """Agreement of every set's scores with what the judges see."""
+    if judges is None:
         return {}
-    rows, features = computed["real"][places[0]]
+    place, of_scores = judges
+    rows, features = computed["real"][place]
     ratings, split = (sets["real"].index[name][rows] for name in ("ratings", "split"))
-    learns, held_out = (split == SPLITS.index(name) for name in ("train", "test"))
-    judges = train_judges(features[learns], ratings[learns])
-    found = {"real": of_readers(judges, features[held_out], ratings[held_out], seed)}
+    held_out = split == SPLITS.index("test")
+    found = {"real": of_readers(of_scores, features[held_out], ratings[held_out], seed)}
     for name in sets.keys() - {"real"}:
-        if places[0] in computed[name]:
-            rows, features = computed[name][places[0]]
+        if place in computed[name]:
+            rows, features = computed[name][place]
             asked = sets[name].index["attributes"][rows]
-            found[name] = of_requests(judges, features, asked, seed)
+            found[name] = of_requests(of_scores, features, asked, seed)
     return {name: agreements for name, agreements in sorted(found.items()) if agreements}
 
 

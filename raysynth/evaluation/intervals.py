@@ -23,6 +23,14 @@ MIN_PATIENTS = 4
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % interval, if there were enough samples for one."""
+
+    value: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
 class Arm:
     """Features of one set of samples.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +91,13 @@ class MetricResult:
     subset_std: float | None = None
 
 
-def judge(place: Place, arms: Arms, num_draws: int, seed: int) -> dict[str, MetricResult]:
+DISTANCES = ("fid", "kid", "mmd2", "mmd2_fixed")
+"""All that are computed of features; of histograms it is `hu_w1` alone."""
+
+
+def judge(
+    place: Place, arms: Arms, num_draws: int, seed: int, distances: Sequence[str] = DISTANCES
+) -> dict[str, MetricResult]:
     """All metrics at one region by one extractor, by key.
 
     Every column of a metric has the same number of samples N on both sides. Where controls have
@@ -101,6 +108,7 @@ def judge(place: Place, arms: Arms, num_draws: int, seed: int) -> dict[str, Metr
         arms: what is compared.
         num_draws: sub-samples behind each interval.
         seed: of every drawing.
+        distances: which, if not all.
 
     Returns:
         Key `metric/space/region/extractor@version/N` -> result; none for too few samples.
@@ -123,12 +131,9 @@ def judge(place: Place, arms: Arms, num_draws: int, seed: int) -> dict[str, Metr
         judged = {name: arms.judged[name] for name in names}
         if size >= MIN_SAMPLES:
             # Of two results at the same drawn-down size, the one with controls stays.
-            results = (
-                _judge_at(
-                    place, size, Arms(arms.real, arms.reference, judged), splits, num_draws, seed
-                )
-                | results
-            )
+            at_size = Arms(arms.real, arms.reference, judged)
+            found = _judge_at(place, size, at_size, splits, num_draws, seed, distances)
+            results = found | results
     return results
 
 
@@ -139,10 +144,11 @@ def _judge_at(
     splits: list[NDArray[np.bool_]],
     num_draws: int,
     seed: int,
+    distances: Sequence[str],
 ) -> dict[str, MetricResult]:
     region, extractor = place
     results = {}
-    for name in ("hu_w1",) if extractor == HISTOGRAMS else ("fid", "kid", "mmd2", "mmd2_fixed"):
+    for name in ("hu_w1",) if extractor == HISTOGRAMS else distances:
         n = size if name in ("fid", "hu_w1") else min(size, MAX_KERNEL_SAMPLES)
         results[f"{name}/slice/{region}/{extractor}/{n}"] = _result(
             name, n, arms, splits, num_draws, seed

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.case import LUNG_LABELS
+from raysynth.case import LUNG_LABELS, Intensity
 from raysynth.condition import Box
 from raysynth.evaluation.regions import cut_regions
 from raysynth.layout.morphology import Mask
@@ -42,6 +42,20 @@ Place = tuple[str, str]
 
 Computed = dict[Place, tuple[NDArray[np.int64], NDArray[np.float32]]]
 """Rows and features of every region and extractor."""
+
+
+def told(computed: Computed, intensity: Intensity) -> Computed:
+    """What may be told: of grey values without a unit nothing in HU, and features under a mark.
+
+    A figure of theirs is none to compare with one of images in HU, so its key is another.
+    """
+    if intensity == "hu":
+        return computed
+    return {
+        (region, extractor.replace("@", "-relative@")): found
+        for (region, extractor), found in computed.items()
+        if extractor != HISTOGRAMS
+    }
 
 
 class Measures:

@@ -73,7 +73,7 @@ def cut_regions(
     return {
         "all": Region(hu, every),
         **_organs(hu, layout, hole),
-        f"nodule{size}": Region(_crops(hu[boxed], box[boxed], size), boxed),
+        f"nodule{size}": Region(cut_crops(hu[boxed], box[boxed], size), boxed),
     }
 
 
@@ -102,7 +102,7 @@ def _stretched(hu: NDArray[np.int16]) -> NDArray[np.int16]:
     return stretched
 
 
-def _crops(hu: NDArray[np.int16], box: NDArray[np.int16], size: int) -> NDArray[np.int16]:
+def cut_crops(hu: NDArray[np.int16], box: NDArray[np.int16], size: int) -> NDArray[np.int16]:
     """Squares of `size` pixels around the boxes' centres; what lies outside the slice is air."""
     half = size // 2
     padded = np.pad(hu, ((0, 0), (half, half), (half, half)), constant_values=AIR_HU)

@@ -18,6 +18,7 @@ from raysynth.condition import Box, Condition
 from raysynth.config import ExperimentConfig, Gan, HoleFilling, OfLatents
 from raysynth.config.model import Window
 from raysynth.evaluation.limits import detail, limits
+from raysynth.evaluation.sweep_report import sweep_section
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION, BundleFacts
 from raysynth.progress import stage_seconds
@@ -100,6 +101,7 @@ def report(config: ExperimentConfig) -> Path:
             reference_scores=_coverage(found, "reference"),
             consistency=_consistency(found, reference),
             fills=_fills(found),
+            sweep=sweep_section(found, config.sampling.guidance_scale),
             losses=losses,
             seconds=seconds,
             recipe=yaml.safe_dump(config.shareable(), sort_keys=False),

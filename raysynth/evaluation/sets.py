@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet
         if isinstance(group, zarr.Group) and config.evaluation.controls:
             sets[control] = SampleSet(group)
     real, synthetic = sets["real"], sets["synthetic"]
-    _check_drawn_by(config, synthetic)
+    check_drawn_by(config, synthetic, config.name)
     if real.attrs["intensity"] != synthetic.attrs["intensity"]:
         raise InputError(
             f"synthetic/{config.name} has intensity {synthetic.attrs['intensity']!r}, samples/"
@@ -65,24 +65,28 @@ def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet
     return sets
 
 
-def _check_drawn_by(config: ExperimentConfig, synthetic: SampleSet) -> None:
-    """The run must come from the bundle and settings that its figures will be ascribed to."""
+def check_drawn_by(config: ExperimentConfig, synthetic: SampleSet, name: str) -> None:
+    """A run must come from the bundle and settings that its figures will be ascribed to.
+
+    Raises:
+        InputError: it comes from others.
+    """
     here = config.bundle_path.exists()  # on another machine it may not be
     if here and synthetic.attrs["bundle"] != bundle_digest(config.bundle_path):
         raise InputError(
-            f"synthetic/{config.name} was not drawn by the bundle that is at {config.bundle_path} "
+            f"synthetic/{name} was not drawn by the bundle that is at {config.bundle_path} "
             "now: draw another run (--set name=...), or put its bundle back"
         )
     wanted = config.sampling.model_dump(mode="json")
     for name, stored in synthetic.attrs["passport"].get("sampling", {}).items():
         if name in DRAWING and stored != wanted[name]:
             raise InputError(
-                f"synthetic/{config.name} was drawn with sampling.{name} {stored}, the recipe says "
+                f"synthetic/{name} was drawn with sampling.{name} {stored}, the recipe says "
                 f"{wanted[name]}: set it back, or draw another run"
             )
 
 
-def patients_of(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArray[np.int64]]:
+def patients_of(root: zarr.Group, sets: Mapping[str, SampleSet]) -> dict[str, NDArray[np.int64]]:
     """The number of each sample's patient; of a synthetic one, of the patient who lent the layout.
 
     A sample on nobody's layout is its own patient, with a negative number.
@@ -101,7 +105,7 @@ def patients_of(root: zarr.Group, sets: dict[str, SampleSet]) -> dict[str, NDArr
 
 
 def measure_sets(
-    sets: dict[str, SampleSet], config: ExperimentConfig, hole: Mask | None = None
+    sets: Mapping[str, SampleSet], config: ExperimentConfig, hole: Mask | None = None
 ) -> dict[str, Measures]:
     """Measures every set, one Ray task a shard; `hole` is of the run and its controls."""
     import ray

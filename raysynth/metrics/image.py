@@ -1,4 +1,4 @@
-"""Errors of paired images, and how Hounsfield units spread over tissues."""
+"""Errors and likeness of paired images, and how Hounsfield units spread over tissues."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from raysynth.case import LUNG_LABELS, Label
 
@@ -67,6 +68,87 @@ class PairedError:
         low, high = self.window_hu
         mse_hu2 = self.total_hu2 / self.count
         return SquaredError(mse_hu2 / (high - low) ** 2, mse_hu2)
+
+
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Exponents of MS-SSIM from the finest scale on (Wang et al. 2003, section 3.2)."""
+
+SSIM_RADIUS, SSIM_SIGMA = 5, 1.5
+"""Of the Gaussian window, in pixels: 11 x 11 (Wang et al. 2004)."""
+
+
+def num_ssim_scales(size: int) -> int:
+    """Scales of MS-SSIM for images of `size` pixels: five from 176 on, one below 22.
+
+    Raises:
+        ValueError: even one window does not fit.
+    """
+    window = 2 * SSIM_RADIUS + 1
+    if size < window:
+        raise ValueError(f"SSIM of images of {size} pixels: its window needs {window}")
+    return min(len(SCALE_WEIGHTS), (size // window).bit_length())
+
+
+def ms_ssim(
+    one: NDArray[np.int16], other: NDArray[np.int16], window_hu: tuple[float, float]
+) -> NDArray[np.float64]:
+    """Multi-scale structural similarity of pairs (Wang et al. 2003, eq. 7); 1 only if equal.
+
+    Luminance enters at the coarsest scale alone. Where an image is too small for all five scales
+    (see `num_ssim_scales`), the exponents of those that fit are made to sum to 1 again, so values
+    compare at one size only. A structure term below 0 counts as 0.
+
+    Args:
+        one: images (n, y, x).
+        other: those they are compared with, of the same shape.
+        window_hu: HU are clipped to this range, whose width is the dynamic range L.
+
+    Returns:
+        A value of each pair (n,), 0 to 1.
+    """
+    assert one.shape == other.shape
+    low, high = window_hu
+    x, y = (
+        (np.clip(image, low, high).astype(np.float64) - low) / (high - low)
+        for image in (one, other)
+    )
+    scales = num_ssim_scales(min(one.shape[1:]))
+    weights = np.array(SCALE_WEIGHTS[:scales]) / sum(SCALE_WEIGHTS[:scales])
+    value = np.ones(len(x))
+    for scale, weight in enumerate(weights, start=1):
+        luminance, structure = _ssim_parts(x, y)
+        terms = structure * luminance if scale == scales else structure
+        value *= np.maximum(terms.mean(axis=(1, 2)), 0) ** weight
+        x, y = _halved(x), _halved(y)
+    return value
+
+
+def _ssim_parts(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Luminance, and contrast times structure, at every place of the window; K1 .01, K2 .03."""
+    c1, c2 = 0.01**2, 0.03**2
+    mean_x, mean_y = _windowed(x), _windowed(y)
+    var_x, var_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
+    covariance = _windowed(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return luminance, (2 * covariance + c2) / (var_x + var_y + c2)
+
+
+def _windowed(images: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gaussian means where the window lies inside the image."""
+    kernel = np.exp(-0.5 * (np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1) / SSIM_SIGMA) ** 2)
+    kernel /= kernel.sum()
+    for axis in (1, 2):
+        images = ndimage.correlate1d(images, kernel, axis=axis)
+    return images[:, SSIM_RADIUS:-SSIM_RADIUS, SSIM_RADIUS:-SSIM_RADIUS]
+
+
+def _halved(images: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of 2 x 2 pixels; an odd last row or column is left out."""
+    n, height, width = images.shape
+    even = images[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(n, height // 2, 2, width // 2, 2).mean(axis=(2, 4))
 
 
 TISSUES: dict[str, tuple[int, ...]] = {

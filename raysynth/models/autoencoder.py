@@ -38,8 +38,8 @@ class Autoencoder(nn.Module, ABC):
         """Images (B, 1, *spatial) of latents (B, c, *latent)."""
 
     @abstractmethod
-    def training_terms(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Weighted scalar terms whose sum is the loss.
+    def reconstruct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstructed images, and weighted scalar terms whose sum is the loss.
 
         Args:
             x: images (B, 1, *spatial).
@@ -47,8 +47,8 @@ class Autoencoder(nn.Module, ABC):
         """
 
     def forward(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """`training_terms`, under the name that distributed wrappers look for."""
-        return self.training_terms(x, noise)
+        """The terms of `reconstruct`, under the name that distributed wrappers look for."""
+        return self.reconstruct(x, noise)[1]
 
 
 class KLAutoencoder(Autoencoder):
@@ -83,12 +83,13 @@ class KLAutoencoder(Autoencoder):
         """Images of latents."""
         return self.network.decode(latents)
 
-    def training_terms(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def reconstruct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction and gradient error, and KL to a standard normal, summed over a sample."""
         mean, sigma = (moment.float() for moment in self.moments(x))
         reconstruction = self.decode(mean + sigma * noise)
         kl = 0.5 * (mean.square() + sigma.square() - 2 * sigma.log() - 1).flatten(1).sum(1).mean()
-        return {**reconstruction_terms(reconstruction, x), "kl": self.kl_weight * kl}
+        terms = {**reconstruction_terms(reconstruction, x), "kl": self.kl_weight * kl}
+        return reconstruction, terms
 
 
 class DiffusersKLAutoencoder(KLAutoencoder):
@@ -161,14 +162,14 @@ class VQAutoencoder(Autoencoder):
         chosen = codes[torch.cat(nearest)].view(cells.shape)
         return chosen.movedim(-1, 1).to(latents.dtype)
 
-    def training_terms(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def reconstruct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction and gradient error; codes drawn to latents, and latents to codes."""
         latents = self.encode(x)
         codes = self.quantize(latents)
         # The decoder's gradient passes the quantiser unchanged.
         reconstruction = self._decode_codes(latents + (codes - latents).detach())
         commitment = functional.mse_loss(latents, codes.detach())
-        return {
+        return reconstruction, {
             **reconstruction_terms(reconstruction, x),
             "codebook": functional.mse_loss(codes, latents.detach()),
             "commitment": self.commitment_weight * commitment,

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raysynth.case import CONDITION_ATTRIBUTES, LUNG_LABELS, Label
-from raysynth.condition import Condition
+from raysynth.condition import Condition, check_condition
 from raysynth.config.model import LatentDiffusionConfig
-from raysynth.errors import InputError
 
 NUM_ATTRIBUTES = len(CONDITION_ATTRIBUTES)
 NUM_SCORES = 5
@@ -98,13 +97,13 @@ def collate(conditions: Sequence[Condition], size: int) -> ConditionBatch:
         size: pixels along a sample's side.
 
     Raises:
-        InputError: a layout, box or score does not fit.
+        InputError: one does not fit; see `check_condition`.
     """
     layout = np.zeros((len(conditions), size, size), dtype=np.uint8)
     box = np.full((len(conditions), 4), -1, dtype=np.int64)
     attributes = np.zeros((len(conditions), NUM_ATTRIBUTES), dtype=np.int64)
     for row, condition in enumerate(conditions):
-        _check(condition, size)
+        check_condition(condition, size)
         if condition.layout is not None:
             layout[row] = condition.layout
         if condition.box is not None:
@@ -135,31 +134,6 @@ def _collate_known(
         if condition.known_hu is not None and condition.known_mask is not None:
             known_hu[row], known_mask[row] = condition.known_hu, condition.known_mask
     return torch.from_numpy(known_hu), torch.from_numpy(known_mask)
-
-
-def _check(condition: Condition, size: int) -> None:
-    layout, box, scores = condition.layout, condition.box, condition.attributes
-    if layout is not None and layout.shape != (size, size):
-        raise InputError(f"layout of shape {layout.shape}: this model needs ({size}, {size})")
-    if box is not None:
-        y0, x0, y1, x1 = box
-        if not (0 <= y0 < y1 <= size and 0 <= x0 < x1 <= size):
-            raise InputError(
-                f"box {box}: give (y0, x0, y1, x1) with 0 <= y0 < y1 <= {size}, and x likewise"
-            )
-    known = condition.known_hu, condition.known_mask
-    if (known[0] is None) != (known[1] is None):
-        raise InputError("known_hu and known_mask: give both, or neither")
-    for name, part in zip(("known_hu", "known_mask"), known, strict=True):
-        if part is not None and part.shape != (size, size):
-            raise InputError(f"{name} of shape {part.shape}: this model needs ({size}, {size})")
-    if scores is not None and (
-        len(scores) != NUM_ATTRIBUTES or not all(0 <= score <= NUM_SCORES for score in scores)
-    ):
-        raise InputError(
-            f"attributes {scores}: give {NUM_ATTRIBUTES} scores 1-{NUM_SCORES} (0: not given) for "
-            f"{', '.join(CONDITION_ATTRIBUTES)}"
-        )
 
 
 def box_mask(box: Tensor, image_size: int, latent_size: int) -> Tensor:
@@ -206,6 +180,20 @@ def one_hot_layout(layout: Tensor) -> Tensor:
     channels = classes[:, None] == labels.view(1, -1, *[1] * (layout.ndim - 1))
     given = (layout > 0).flatten(1).any(dim=1)
     return (channels & given.view(-1, *[1] * layout.ndim)).float()
+
+
+def edge_map(layout: Tensor) -> Tensor:
+    """1 where one of the four neighbours has another label, (B, 1, y, x); organs have edges, too.
+
+    The null condition has none: its layout is the same everywhere.
+    """
+    edges = torch.zeros_like(layout, dtype=torch.bool)
+    for axis in (1, 2):
+        count = layout.shape[axis] - 1
+        changes = layout.narrow(axis, 1, count) != layout.narrow(axis, 0, count)
+        edges.narrow(axis, 1, count).logical_or_(changes)
+        edges.narrow(axis, 0, count).logical_or_(changes)
+    return edges[:, None].float()
 
 
 class AttributeEmbedding(nn.Module):

@@ -24,6 +24,7 @@ from raysynth.models.conditioner import (
     ConditionBatch,
     Conditioner,
     EncodedCondition,
+    edge_map,
     one_hot_layout,
 )
 from raysynth.models.monai import SPADE, DiffusionModelUNet, SPADEDiffusionModelUNet
@@ -158,13 +159,17 @@ class InpaintingDenoiser(Denoiser):
 class SemanticDenoiser(Denoiser):
     """The layout's labels scale and shift the decoder's normalised features (system C)."""
 
-    def __init__(self, unet: SPADEDiffusionModelUNet) -> None:
+    def __init__(self, unet: SPADEDiffusionModelUNet, with_edges: bool) -> None:
         super().__init__()
         self.unet = published_spade(unet)
+        self.with_edges = with_edges
 
     def encode(self, condition: ConditionBatch) -> EncodedCondition:
-        """A channel for each label."""
-        return EncodedCondition(one_hot_layout(condition.layout))
+        """A channel for each label, and the edges between them where they are wanted."""
+        labels = one_hot_layout(condition.layout)
+        if not self.with_edges:
+            return EncodedCondition(labels)
+        return EncodedCondition(torch.cat([labels, edge_map(condition.layout)], dim=1))
 
     def predict(self, x_t: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
         """The prediction for conditions that are already encoded."""
@@ -221,10 +226,11 @@ def build_denoiser(
             return SemanticDenoiser(
                 SPADEDiffusionModelUNet(
                     in_channels=latent_channels,
-                    label_nc=NUM_CLASSES,
+                    label_nc=NUM_CLASSES + config.edge_map,
                     spade_intermediate_channels=config.layout_channels,
                     **shape,
-                )
+                ),
+                config.edge_map,
             )
         case InpaintingConfig():
             unet = DiffusionModelUNet(in_channels=latent_channels + 2, **shape)

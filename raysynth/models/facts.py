@@ -15,10 +15,13 @@ from raysynth.config.base import Section
 from raysynth.config.data import SliceSamples
 from raysynth.config.model import (
     AutoencoderConfig,
+    AutoencoderKLConfig,
     FromFolder,
     ModelConfig,
     OfLatents,
+    SpadeGanConfig,
     StableDiffusionConfig,
+    VQVAEConfig,
     Window,
 )
 
@@ -137,6 +140,24 @@ class BundleFacts(Section):
         return config.latent_channels, cells, cells
 
 
+def _left_out(model: ModelConfig) -> str:
+    """Which part of a published loss is missing, as a line of the card."""
+    if isinstance(model, SpadeGanConfig):
+        return (
+            "- Left out: the perceptual term of the published loss (weight 10), which needs the "
+            "weights of a\n  VGG network; hinge loss and feature matching alone were minimised.\n"
+        )
+    if isinstance(model, AutoencoderKLConfig | VQVAEConfig):
+        weight = model.adversarial_weight
+        against = f"a discriminator at weight {weight:g}" if weight else "no discriminator"
+        return (
+            "- Left out: the usual perceptual term, which needs the weights of a VGG network. "
+            "Minimised were\n  errors of values and of differences between neighbours, "
+            f"with {against}.\n"
+        )
+    return ""
+
+
 def model_card(facts: BundleFacts, name: str) -> str:
     """The model card, in Markdown."""
     samples, (low, high) = facts.samples, facts.window_hu
@@ -183,7 +204,7 @@ must stay marked as synthetic, and must not be used for diagnosis.**
 
 {begun}- Samples seen: {facts.seen_samples:,}. Weights: exponential moving average.
 - Software: {versions}.
-
+{_left_out(facts.model)}
 ## Metrics
 
 {warning}{table}

@@ -1,4 +1,4 @@
-"""The adversarial baselines: a generator, and a discriminator that is gone after training."""
+"""What is trained against a discriminator, which is gone afterwards: GANs, and autoencoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from raysynth.config.model import GanConfig, Pix2PixConfig, SpadeGanConfig
+from raysynth.config.model import (
+    AutoencoderKLConfig,
+    GanConfig,
+    Pix2PixConfig,
+    SpadeGanConfig,
+    VQVAEConfig,
+)
+from raysynth.models.autoencoder import Autoencoder
 from raysynth.models.conditioner import NUM_CLASSES, ConditionBatch, one_hot_layout
 from raysynth.models.denoiser import published_spade, split_known
 from raysynth.models.monai import PatchDiscriminator, SPADEDecoder, UNet
@@ -88,29 +95,33 @@ class Pix2PixGenerator(Generator):
 
 
 class Adversaries(nn.Module, ABC):
-    """A generator and its discriminator, trained side by side: each one's loss moves it alone."""
+    """A network that makes images and its discriminator: each one's loss moves it alone."""
 
-    def __init__(self, generator: Generator, discriminator: nn.Module, rate: float) -> None:
+    def __init__(self, generator: nn.Module, discriminator: nn.Module, rate: float) -> None:
         """Puts both together; the discriminator learns at `rate` times the generator's rate."""
         super().__init__()
-        self.generator = generator
+        self.generator: Any = generator
         self.discriminator = discriminator
         self.discriminator_rate = rate
 
-    def forward(self, images: Tensor, condition: ConditionBatch) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, given: Any) -> dict[str, Tensor]:
         """Weighted scalar terms whose sum is the loss.
 
         Args:
             images: real ones, (B, 1, y, x) in [-1, 1].
-            condition: theirs.
+            given: what the generator makes its own of, besides: a `ConditionBatch`.
         """
-        encoded = self.generator.encode(condition)
-        made = self.generator(encoded)
-        real = self._judge(images, encoded)
+        made, shown, terms = self.make(images, given)
+        real = self._judge(images, shown)
         with _frozen(self.discriminator):
-            terms = self.generator_terms(images, made, real, self._judge(made, encoded))
-        fake = self._judge(made.detach(), encoded)
+            terms |= self.generator_terms(images, made, real, self._judge(made, shown))
+        fake = self._judge(made.detach(), shown)
         return {**terms, "discriminator": self.discriminator_loss(real, fake)}
+
+    def make(self, images: Tensor, given: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Images, the channels that the discriminator sees beside them, and terms of their own."""
+        encoded = self.generator.encode(given)
+        return self.generator(encoded), encoded, {}
 
     @abstractmethod
     def generator_terms(
@@ -129,8 +140,8 @@ class Adversaries(nn.Module, ABC):
     def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
         """What the discriminator minimises, from its outputs for real and generated images."""
 
-    def _judge(self, images: Tensor, encoded: Tensor) -> Any:
-        return self.discriminator(torch.cat([images, encoded], dim=1))
+    def _judge(self, images: Tensor, shown: Tensor) -> Any:
+        return self.discriminator(torch.cat([images, shown], dim=1))
 
 
 class MultiScaleDiscriminator(nn.Module):
@@ -190,11 +201,7 @@ class SpadeAdversaries(Adversaries):
 
     def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
         """The hinge loss, mean over scales."""
-        losses = [
-            functional.relu(1 - true).mean() + functional.relu(1 + false).mean()
-            for true, false in zip(real[0], fake[0], strict=True)
-        ]
-        return torch.stack(losses).mean()
+        return torch.stack([_hinge(*one) for one in zip(real[0], fake[0], strict=True)]).mean()
 
 
 class Pix2PixAdversaries(Adversaries):
@@ -225,6 +232,40 @@ class Pix2PixAdversaries(Adversaries):
         return 0.5 * (_cross_entropy(real[-1], 1.0) + _cross_entropy(fake[-1], 0.0))
 
 
+class AutoencoderAdversaries(Adversaries):
+    """An autoencoder whose reconstructions shall pass for real ones (Esser et al. 2021, eq. 5).
+
+    Hinge loss on patches at a fixed weight, where they let it follow the gradients of a perceptual
+    term, which needs weights that we lack.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, config: AutoencoderKLConfig | VQVAEConfig) -> None:
+        discriminator = PatchDiscriminator(
+            spatial_dims=2,
+            channels=config.discriminator_channels,
+            in_channels=1,
+            num_layers_d=2,
+            norm="INSTANCE",
+        )
+        super().__init__(autoencoder, discriminator, rate=1.0)
+        self.weight = config.adversarial_weight
+
+    def make(self, images: Tensor, given: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Reconstructions with their errors, from the noise of the latents."""
+        made, terms = self.generator.reconstruct(images, given)
+        return made, images[:, :0], terms
+
+    def generator_terms(
+        self, images: Tensor, made: Tensor, real: Any, fake: Any
+    ) -> dict[str, Tensor]:
+        """To be taken for real."""
+        return {"generator": -self.weight * fake[-1].mean()}
+
+    def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
+        """The hinge loss."""
+        return _hinge(real[-1], fake[-1])
+
+
 def build_adversaries(config: GanConfig, size: int) -> Adversaries:
     """A fresh generator with its discriminator, for images of `size` pixels a side."""
     if isinstance(config, SpadeGanConfig):
@@ -237,6 +278,10 @@ def build_generator(config: GanConfig, size: int) -> Generator:
     if isinstance(config, SpadeGanConfig):
         return SpadeGenerator(config, size)
     return Pix2PixGenerator(config)
+
+
+def _hinge(real: Tensor, fake: Tensor) -> Tensor:
+    return functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()
 
 
 def _cross_entropy(scores: Tensor, truth: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REAL, SYNTHETIC, CONTROL, INK = "#3b7dd8", "#e07b39", "#9aa3ad", "#39424e"
+
+
+Estimate = tuple[float, tuple[float, float] | None]
+"""A value and its interval, if there are patients enough for one."""
+
+
+@dataclass(frozen=True)
+class SweepPanel:
+    """One figure over the guidance scales, and that of patients."""
+
+    title: str
+    scales: Sequence[float]
+    values: Sequence[Estimate]
+    patients: Estimate | None
 
 
 def loss_chart(curves: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> str:
@@ -84,6 +99,29 @@ def metric_chart(
     panel.set_xlim(left=min(0.0, *lowest))
     metric, _, place = title.partition("/")
     _title(panel, f"{metric}\n{place}")
+    return _svg(figure)
+
+
+def sweep_chart(panels: Sequence[SweepPanel], chosen: float | None) -> str:
+    """Curves over the guidance scale with their intervals; a line where the choice lies."""
+    figure, axes = _figure(len(panels), width=2.6)
+    for axis, panel in zip(axes, panels, strict=True):
+        values = [value for value, _ in panel.values]
+        if panel.patients is not None:
+            value, interval = panel.patients
+            axis.axhline(value, color=REAL, linewidth=1.2, label="patients")
+            if interval is not None:
+                axis.axhspan(*interval, color=REAL, alpha=0.15, linewidth=0)
+        for scale, (_, interval) in zip(panel.scales, panel.values, strict=True):
+            if interval is not None:
+                axis.plot([scale] * 2, interval, color=SYNTHETIC, linewidth=3, alpha=0.5)
+        axis.plot(panel.scales, values, "o-", color=SYNTHETIC, markersize=4, label="synthetic")
+        if chosen is not None:
+            axis.axvline(chosen, color=INK, linewidth=0.8, linestyle=":", label="chosen")
+        axis.set_xticks(panel.scales, [f"{scale:g}" for scale in panel.scales])
+        axis.set_xlabel("guidance scale")
+        _title(axis, panel.title)
+    axes[0].legend(frameon=False, fontsize=7)
     return _svg(figure)
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from raysynth.condition import Box
 from raysynth.report import charts
+from raysynth.report.charts import Estimate as Estimate
+from raysynth.report.charts import SweepPanel
 from raysynth.report.pictures import DISPLAY_WINDOW_HU, grey, overlay_svg, png_data_uri
 from raysynth.volume import RELATIVE_RANGE
 
@@ -28,10 +30,6 @@ class Tile:
     caption: str = ""
 
 
-Estimate = tuple[float, tuple[float, float] | None]
-"""A value and its interval, if there are patients enough for one."""
-
-
 @dataclass(frozen=True)
 class MetricRow:
     """One metric beside its floor and its controls; `None` where there was none."""
@@ -42,6 +40,25 @@ class MetricRow:
     untrained: Estimate | None = None
     shuffled: Estimate | None = None
     neighbour: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class SweepSection:
+    """A guidance-scale sweep.
+
+    Attributes:
+        panels: of the chart.
+        table: heading and rows.
+        chosen: the scale that the rule takes, if any.
+        sentences: on the choice.
+        keys: of the metrics.
+    """
+
+    panels: Sequence[SweepPanel]
+    table: Sequence[Sequence[str]]
+    chosen: float | None
+    sentences: Sequence[str]
+    keys: str
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,7 @@ class ReportData:
     seconds: dict[str, float]
     recipe: str
     attribution: Sequence[str]
+    sweep: SweepSection | None = None
     limits: dict[str, str] = field(default_factory=dict)
     window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
 
@@ -148,6 +166,9 @@ def write_report(data: ReportData, path: Path) -> None:
             data.attribute_names, data.requested_scores, data.reference_scores
         )
         if data.attribute_names
+        else "",
+        swept=charts.sweep_chart(data.sweep.panels, data.sweep.chosen)
+        if data.sweep and data.sweep.panels
         else "",
         times=charts.time_chart(data.seconds) if data.seconds else "",
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -17,7 +17,7 @@ from raysynth import __version__
 from raysynth.case import CONDITION_ATTRIBUTES, Label
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig, HoleFilling, SamplingConfig
-from raysynth.config.experiment import CONTROL_SUFFIXES, SHUFFLED, UNTRAINED
+from raysynth.config.experiment import SHUFFLED, UNTRAINED
 from raysynth.config.sampling import DRAWING
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
@@ -25,7 +25,13 @@ from raysynth.models.bundle import bundle_digest, read_facts
 from raysynth.sampling.adherence import Measurement
 from raysynth.sampling.draw import SliceSampler, paste_known
 from raysynth.sampling.hosts import plan_inpainting
-from raysynth.sampling.planner import NO_SOURCE, PlannedSample, plan_samples, shuffle_conditions
+from raysynth.sampling.planner import (
+    NO_SOURCE,
+    PlannedSample,
+    pair_conditions,
+    plan_samples,
+    shuffle_conditions,
+)
 from raysynth.seeding import fingerprint
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import main_snapshot, open_root
@@ -59,9 +65,10 @@ class SynthesisSummary:
 
 
 def synthesize(config: ExperimentConfig) -> SynthesisSummary:
-    """Draws the recipe's samples, and the controls that its evaluation wants.
+    """Draws the recipe's samples, and the controls and swept scales that its evaluation wants.
 
-    The same command resumes after any crash; a finished run is left as it is.
+    The same command resumes after any crash; a finished run is left as it is. Scales that are asked
+    for later are drawn beside it.
 
     Raises:
         InputError: no bundle, no sample set, one that does not fit the other, or a run of this
@@ -70,10 +77,10 @@ def synthesize(config: ExperimentConfig) -> SynthesisSummary:
     started = time.monotonic()
     samples = _sample_set(config)
     digest = _bundle_digest(config, samples)
-    mark = _fingerprint(config, samples, digest)
     drawn, snapshot = 0, main_snapshot(config.store_url)
-    if not _is_there(config, mark):
-        drawn, snapshot = _write(config, samples, digest, mark)
+    for runs in _missing(config, samples, digest):
+        count, snapshot = _write(config, samples, digest, runs)
+        drawn += count
     seconds = time.monotonic() - started
     return SynthesisSummary(
         run=config.name,
@@ -85,29 +92,81 @@ def synthesize(config: ExperimentConfig) -> SynthesisSummary:
     )
 
 
-def _write(config: ExperimentConfig, samples: SampleSet, digest: str, mark: str) -> tuple[int, str]:
-    """Draws what is missing and publishes the run; returns the samples drawn and the snapshot."""
-    plans = _plans(config, samples)
-    units = dict(_units(plans, samples.rows_per_shard))
-    with StoreRun(config.store_url, verb="synthesize", fingerprint=mark) as run:
-        if run.is_new:
-            attributes = _attributes(config, samples, digest, mark)
-            run.declare(
-                lambda root: _declare(root, plans, samples, attributes), f"{config.name} planned"
-            )
-        drawn = sum(len(unit.plan) for key, unit in units.items() if key not in run.completed)
-        write_units(
-            run,
-            units,
-            _Drawer(config.bundle_path, config.sampling, config.seed),
-            stage="synthesize",
-            noun="shards",
-            num_actors=config.sampling.num_actors,
-            num_cpus=config.sampling.threads_per_actor,
-            num_gpus=int(config.sampling.use_gpu),
-        )
-        planned = sum(map(len, plans.values()))
-        return drawn, run.publish(f"{planned} samples in synthetic/{config.name} and its controls")
+Plan = list[tuple[PlannedSample, PlannedSample]]
+"""For every sample what it is drawn under, and what it is recorded as."""
+
+Role = Literal["own", "untrained", "shuffled", "swept"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One group of samples that a synthesis leaves.
+
+    Attributes:
+        name: of the group below `synthetic/`.
+        role: the recipe's own run, one of its controls, or a scale of its sweep.
+        guidance_scale: at which it is drawn.
+        mark: digest of all that decides what is drawn.
+        plan: its samples.
+    """
+
+    name: str
+    role: Role
+    guidance_scale: float
+    mark: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard of one run: what an actor draws and writes in one go."""
+
+    run: str
+    role: Role
+    guidance_scale: float
+    first_row: int
+    plan: Plan
+
+
+def _missing(config: ExperimentConfig, samples: SampleSet, digest: str) -> Iterator[list[Run]]:
+    """The runs that the store lacks: the recipe's own with its controls, then swept scales."""
+    mark = _fingerprint(config, samples, digest)
+    own = not _is_there(config, config.name, mark)
+    marks = {
+        scale: fingerprint([mark, "swept", scale]) for scale in config.evaluation.guidance_scales
+    }
+    scales = [
+        scale
+        for scale, of_scale in marks.items()
+        if not _is_there(config, config.swept_name(scale), of_scale)
+    ]
+    if not own and not scales:
+        return
+    asked = plan_run_samples(config, samples)
+    count = config.evaluation.num_control_samples or len(asked)
+    if own:
+        yield _own_runs(config, asked, count, mark)
+    if scales:
+        pairs = pair_conditions(asked, count)
+        plan = list(zip(pairs, pairs, strict=True))
+        yield [
+            Run(config.swept_name(scale), "swept", scale, marks[scale], plan) for scale in scales
+        ]
+
+
+def _own_runs(
+    config: ExperimentConfig, asked: list[PlannedSample], count: int, mark: str
+) -> list[Run]:
+    scale = config.sampling.guidance_scale
+    runs = [Run(config.name, "own", scale, mark, list(zip(asked, asked, strict=True)))]
+    if config.evaluation.controls:
+        few = asked[:count]
+        plan = list(zip(few, few, strict=True))
+        runs.append(Run(config.name + UNTRAINED, "untrained", scale, mark, plan))
+        if len(few) > 1:
+            plan = list(zip(shuffle_conditions(few), few, strict=True))
+            runs.append(Run(config.name + SHUFFLED, "shuffled", scale, mark, plan))
+    return runs
 
 
 def plan_run_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSample]:
@@ -117,38 +176,43 @@ def plan_run_samples(config: ExperimentConfig, samples: SampleSet) -> list[Plann
     return plan_samples(config, samples)
 
 
-Plan = list[tuple[PlannedSample, PlannedSample]]
-"""For every sample what it is drawn under, and what it is recorded as."""
+def _write(
+    config: ExperimentConfig, samples: SampleSet, digest: str, runs: list[Run]
+) -> tuple[int, str]:
+    """Draws what is missing of some runs and publishes them: samples drawn, and the snapshot."""
+    first, names = runs[0], " and ".join(f"synthetic/{run.name}" for run in runs)
+    units = dict(_units(runs, samples.rows_per_shard))
+    # Swept scales are a run of the store by themselves, the recipe's own one with its controls.
+    mark = first.mark if first.role == "own" else fingerprint([run.mark for run in runs])
+    with StoreRun(config.store_url, verb="synthesize", fingerprint=mark) as writing:
+        if writing.is_new:
+            attributes = _attributes(config, samples, digest)
+            writing.declare(
+                lambda root: _declare(root, runs, samples, attributes), f"{names} planned"
+            )
+        drawn = sum(len(unit.plan) for key, unit in units.items() if key not in writing.completed)
+        write_units(
+            writing,
+            units,
+            _Drawer(config.bundle_path, config.sampling, config.seed),
+            stage="synthesize",
+            noun="shards",
+            num_actors=config.sampling.num_actors,
+            num_cpus=config.sampling.threads_per_actor,
+            num_gpus=int(config.sampling.use_gpu),
+        )
+        planned = sum(len(run.plan) for run in runs)
+        return drawn, writing.publish(f"{planned} samples in {names}")
 
 
-def _plans(config: ExperimentConfig, samples: SampleSet) -> dict[str, Plan]:
-    asked = plan_run_samples(config, samples)
-    plans = {config.name: list(zip(asked, asked, strict=True))}
-    if config.evaluation.controls:
-        count = config.evaluation.num_control_samples or len(asked)
-        few = asked[:count]
-        plans[config.name + UNTRAINED] = list(zip(few, few, strict=True))
-        if len(few) > 1:
-            shuffled = shuffle_conditions(few)
-            plans[config.name + SHUFFLED] = list(zip(shuffled, few, strict=True))
-    return plans
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One shard of one run: what an actor draws and writes in one go."""
-
-    run: str
-    first_row: int
-    plan: Plan
-    untrained: bool
-
-
-def _units(plans: dict[str, Plan], rows_per_shard: int) -> Iterator[tuple[str, Unit]]:
-    for name, plan in plans.items():
-        for first in range(0, len(plan), rows_per_shard):
-            unit = Unit(name, first, plan[first : first + rows_per_shard], name.endswith(UNTRAINED))
-            yield f"{name}/rows-{first}", unit
+def _units(runs: list[Run], rows_per_shard: int) -> Iterator[tuple[str, Unit]]:
+    for run in runs:
+        for first in range(0, len(run.plan), rows_per_shard):
+            plan = run.plan[first : first + rows_per_shard]
+            yield (
+                f"{run.name}/rows-{first}",
+                Unit(run.name, run.role, run.guidance_scale, first, plan),
+            )
 
 
 @dataclass(frozen=True)
@@ -165,25 +229,27 @@ class _Drawer:
 
     def __call__(self, root: zarr.Group, unit: Unit) -> None:
         drawn, asked = zip(*unit.plan, strict=True)
-        if unit.run.endswith(CONTROL_SUFFIXES):
-            # They show what happens without guidance: nothing of them is sorted out.
-            hu = self.sampler.draw(drawn, untrained=unit.untrained)
+        if unit.role == "own":
+            hu, measured, draws = self.sampler.draw_until_found(drawn)
+        else:
+            # They show what the network does by itself: nothing of them is sorted out.
+            untrained, scale = unit.role == "untrained", unit.guidance_scale
+            hu = self.sampler.draw(drawn, untrained=untrained, guidance_scale=scale)
             # Exchanged requests lend a hole its filling; around it each slice stays its own.
             for image, one in zip(hu, asked, strict=True):
                 paste_known(image, one.condition)
             measured, draws = self.sampler.measure(hu, asked), np.ones(len(asked), np.uint8)
-        else:
-            hu, measured, draws = self.sampler.draw_until_found(drawn)
         found = np.array([one.found for one in measured], np.uint8)
         is_free = np.array([one.condition.box is None for one in asked])
         diameter_mm = np.array([one.diameter_mm for one in measured], np.float32)
         contrast_hu = np.array([one.contrast_hu for one in measured], np.float32)
         layout = np.stack([_layout(one.condition, hu[0].shape) for one in asked])
+        batch_shape = self.sampler.batch_shape(unit.guidance_scale)
         arrays = {
             "hu": hu,
             "layout": layout,
             "measured": np.stack([_measured(one, hu[0].shape) for one in measured]),
-            "index/batch_shape": np.full(len(asked), self.sampler.batch_shape, np.int16),
+            "index/batch_shape": np.full(len(asked), batch_shape, np.int16),
             "index/found": found,
             "index/draws": draws,
             "index/unrequested": self.sampler.count_unrequested(hu, layout, asked),
@@ -234,22 +300,21 @@ def _fingerprint(config: ExperimentConfig, samples: SampleSet, digest: str) -> s
     )
 
 
-def _is_there(config: ExperimentConfig, mark: str) -> bool:
-    """Whether the run is published already, drawn from the same plan."""
-    group = open_root(config.store_url).get(f"synthetic/{config.name}")
+def _is_there(config: ExperimentConfig, name: str, mark: str) -> bool:
+    """Whether a run is published already, drawn from the same plan."""
+    group = open_root(config.store_url).get(f"synthetic/{name}")
     if group is None:
         return False
     if group.attrs["plan"] != mark:
         raise InputError(
-            f"synthetic/{config.name} was drawn by another bundle or plan: give this run another "
+            f"synthetic/{name} was drawn by another bundle or plan: give this run another "
             "name (--set name=...) or use a new store"
         )
     return True
 
 
-def _attributes(
-    config: ExperimentConfig, samples: SampleSet, digest: str, mark: str
-) -> dict[str, Any]:
+def _attributes(config: ExperimentConfig, samples: SampleSet, digest: str) -> dict[str, Any]:
+    """What all runs of a synthesis say of themselves."""
     passport = {
         "synthetic": True,
         "purpose": "research only",
@@ -266,22 +331,24 @@ def _attributes(
         "cases": samples.attrs["cases"],
         "parent_snapshot": main_snapshot(config.store_url),
         "bundle": digest,
-        "plan": mark,
         "source_set": config.slices.name,
         "passport": passport,
     }
 
 
 def _declare(
-    root: zarr.Group, plans: dict[str, Plan], samples: SampleSet, attributes: dict[str, Any]
+    root: zarr.Group, runs: list[Run], samples: SampleSet, attributes: dict[str, Any]
 ) -> None:
     """Makes the runs' groups with everything that is known before drawing."""
-    for name, plan in plans.items():
-        asked = [recorded for _, recorded in plan]
-        control = name.rpartition("_")[2] if name.endswith(CONTROL_SUFFIXES) else None
-        own = attributes | {"passport": attributes["passport"] | {"control": control}}
-        spec = synthetic_run(len(plan), samples.shape)
-        group = create_sample_set(root, f"synthetic/{name}", spec, own)
+    for run in runs:
+        asked = [recorded for _, recorded in run.plan]
+        passport = attributes["passport"] | {
+            "control": None if run.role == "own" else run.role,
+            "sampling": attributes["passport"]["sampling"] | {"guidance_scale": run.guidance_scale},
+        }
+        own = attributes | {"plan": run.mark, "passport": passport}
+        spec = synthetic_run(len(run.plan), samples.shape)
+        group = create_sample_set(root, f"synthetic/{run.name}", spec, own)
         sources = np.array([one.source_sample for one in asked])
         is_lent = sources != NO_SOURCE
         set_index(

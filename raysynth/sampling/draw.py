@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raysynth.condition import Condition
+from raysynth.condition import Condition, check_condition
 from raysynth.config import SamplingConfig
 from raysynth.diffusion.schedule import NoiseSchedule
 from raysynth.errors import InputError
-from raysynth.models.bundle import Bundle, load_bundle
+from raysynth.models.bundle import Bundle, load_bundle, read_facts
 from raysynth.models.conditioner import collate
 from raysynth.models.denoiser import Denoiser, build_denoiser
 from raysynth.models.gan import Generator, build_generator
@@ -38,46 +39,64 @@ class SliceSampler:
     """
 
     def __init__(self, bundle_path: Path, sampling: SamplingConfig, seed: int) -> None:
-        """Loads the bundle.
+        """Reads what the bundle says; its networks are loaded when something is drawn.
 
         Args:
             bundle_path: the bundle of a diffusion model or a GAN.
             sampling: sampler, steps, guidance and slots.
             seed: of the recipe; an untrained network's weights follow from it.
+
+        Raises:
+            InputError: no bundle there, or an autoencoder's.
         """
         self.sampling = sampling
         self.seed = seed
         self.device = torch.device("cuda" if sampling.use_gpu else "cpu")
         if not sampling.use_gpu:
             torch.set_num_threads(sampling.threads_per_actor)
-        self.bundle = load_bundle(bundle_path)
-        if self.bundle.denoiser is None and self.bundle.generator is None:
+        self.bundle_path = bundle_path
+        self.facts = read_facts(bundle_path)
+        if self.facts.autoencoder_config == self.facts.model:
             raise InputError(f"bundle {bundle_path} is an autoencoder: it draws nothing by itself")
-        self._engines: dict[bool, SamplingEngine] = {}
+        self._engines: dict[tuple[bool, bool], SamplingEngine] = {}
         self._generators: dict[bool, Generator] = {}
 
-    @property
-    def batch_shape(self) -> int:
-        """Rows of every network call, by which a slice is reproducible."""
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The bundle with its networks."""
+        return load_bundle(self.bundle_path)
+
+    def batch_shape(self, guidance_scale: float) -> int:
+        """Rows of every network call at that scale, by which a slice is reproducible."""
         if self.bundle.generator is not None:
             return self.sampling.batch_size
-        return self._engine(untrained=False).batch_shape
+        return self._engine(guidance_scale).batch_shape
 
     def draw(
-        self, planned: Sequence[PlannedSample], *, untrained: bool = False
+        self,
+        planned: Sequence[PlannedSample],
+        *,
+        untrained: bool = False,
+        guidance_scale: float | None = None,
     ) -> NDArray[np.int16]:
         """HU of planned slices, (n, y, x), in their order.
 
         Args:
             planned: what to draw.
             untrained: draw with fresh weights instead, as a control.
+            guidance_scale: instead of the one of the sampling settings.
+
+        Raises:
+            InputError: a request or the scale makes no sense; nothing has been loaded then.
         """
+        scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        requests = self._requests(planned, scale)
         if self.bundle.generator is not None:
             hu = self._generate(planned, untrained)
         else:
             row = {one.sample_id: number for number, one in enumerate(planned)}
             drawn: list[torch.Tensor] = [torch.empty(0)] * len(planned)
-            for finished in self._engine(untrained).run(self._requests(planned)):
+            for finished in self._engine(scale, untrained).run(requests):
                 drawn[row[finished.sample_id]] = finished.x_0
             hu = self._decode(torch.stack(drawn))
         for image, one in zip(hu, planned, strict=True):
@@ -131,10 +150,12 @@ class SliceSampler:
         Returns:
             Evenly spread steps, and the estimates of the finished slice after them, (frames, y, x).
         """
-        engine = self._engine(untrained=False)
+        scale = self.sampling.guidance_scale
+        (request,) = self._requests([planned], scale)
+        engine = self._engine(scale)
         steps = self.sampling.num_inference_steps
         shown = np.linspace(1, steps, min(num_frames, steps)).round().astype(int).tolist()
-        engine.admit(next(iter(self._requests([planned]))))
+        engine.admit(request)
         frames = []
         for step in range(1, steps + 1):
             engine.step()
@@ -165,16 +186,25 @@ class SliceSampler:
             )
         return measurements
 
-    def _requests(self, planned: Iterable[PlannedSample]) -> Iterator[SampleRequest]:
+    def _requests(
+        self, planned: Iterable[PlannedSample], guidance_scale: float
+    ) -> list[SampleRequest]:
+        """Checked, before anything is loaded."""
+        inside_lung = self.sampling.prior == "joint"
+        requests = []
         for one in planned:
-            yield SampleRequest(
-                one.sample_id,
-                one.seed,
-                one.condition,
-                self.sampling.sampler,
-                self.sampling.num_inference_steps,
-                self.sampling.guidance_scale,
+            check_condition(one.condition, self.facts.samples.size, inside_lung=inside_lung)
+            requests.append(
+                SampleRequest(
+                    one.sample_id,
+                    one.seed,
+                    one.condition,
+                    self.sampling.sampler,
+                    self.sampling.num_inference_steps,
+                    guidance_scale,
+                )
             )
+        return requests
 
     @torch.inference_mode()
     def _generate(self, planned: Sequence[PlannedSample], untrained: bool) -> NDArray[np.int16]:
@@ -210,12 +240,13 @@ class SliceSampler:
             self._generators[untrained] = made.to(self.device).eval()
         return self._generators[untrained]
 
-    def _engine(self, untrained: bool) -> SamplingEngine:
-        if untrained not in self._engines:
-            self._engines[untrained] = self._make_engine(untrained)
-        return self._engines[untrained]
+    def _engine(self, guidance_scale: float, untrained: bool = False) -> SamplingEngine:
+        guided = guidance_scale != 1  # at 1 the null condition has no say
+        if (guided, untrained) not in self._engines:
+            self._engines[guided, untrained] = self._make_engine(guided, untrained)
+        return self._engines[guided, untrained]
 
-    def _make_engine(self, untrained: bool) -> SamplingEngine:
+    def _make_engine(self, guided: bool, untrained: bool) -> SamplingEngine:
         bundle = self.bundle
         denoiser = _fresh(bundle, self.seed) if untrained else bundle.denoiser
         assert denoiser is not None
@@ -227,7 +258,7 @@ class SliceSampler:
             bundle.latent_shape,
             bundle.samples.size,
             self.sampling.batch_size,
-            guided=self.sampling.guidance_scale != 1,
+            guided=guided,
             compiled=self.sampling.compile,
             device=self.device,
         )

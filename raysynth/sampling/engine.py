@@ -11,12 +11,14 @@ right, so the kept part follows alpha_t x + sigma_t noise by itself.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +53,20 @@ class SampleRequest:
     sampler: SamplerName
     num_inference_steps: int
     guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses what is no scale.
+
+        Raises:
+            InputError: the guidance scale is no finite number of 0 or more.
+        """
+        scale = self.guidance_scale
+        is_number = isinstance(scale, int | float | np.number) and not isinstance(scale, bool)
+        if not is_number or not 0 <= scale < math.inf:
+            raise InputError(
+                f"guidance_scale {scale!r} of sample {self.sample_id}: give a number of 0 or more; "
+                "1 follows the condition as trained"
+            )
 
 
 class FinishedSample(NamedTuple):

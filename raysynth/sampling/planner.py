@@ -64,6 +64,11 @@ class PlannedSample:
         """The same request for the `count`-th draw: other noise."""
         return replace(self, seed=seed_of("redraw", self.seed, count))
 
+    def twin(self) -> PlannedSample:
+        """The same request as another sample: what differs between the two is up to the noise."""
+        seed = seed_of("twin", self.seed)
+        return replace(self, sample_id=f"{self.sample_id}-twin", seed=seed)
+
 
 Drawn = tuple[int, Condition, float]
 """Index of the layout lent, what to ask for, and the nodule's diameter in mm."""
@@ -216,6 +221,11 @@ def shuffle_conditions(plan: list[PlannedSample]) -> list[PlannedSample]:
         replace(planned, condition=plan[others[number]].condition)
         for number, planned in enumerate(plan)
     ]
+
+
+def pair_conditions(plan: list[PlannedSample], count: int) -> list[PlannedSample]:
+    """The first requests of a plan, each followed by its twin: `count` samples, or one less."""
+    return [one for asked in plan[: count // 2] for one in (asked, asked.twin())]
 
 
 def without_nodules(layout: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ from raysynth.layout.holes import draw_hole, labels_of
 from raysynth.models.autoencoder import Autoencoder
 from raysynth.models.conditioner import ConditionBatch
 from raysynth.models.denoiser import Denoiser
-from raysynth.models.gan import Adversaries
+from raysynth.models.gan import Adversaries, AutoencoderAdversaries
 from raysynth.models.space import PixelSpace, Space
 from raysynth.prompt import NO_NODULE, place_of, write_prompt
 from raysynth.seeding import seed_of
@@ -92,13 +92,13 @@ def draw(
 
 
 class AutoencoderObjective:
-    """Reconstruct slices. The module's own training terms add up to the loss."""
+    """Reconstruct slices, with a discriminator beside it if the autoencoder has one."""
 
     columns = ("hu",)
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        autoencoder: Autoencoder | AutoencoderAdversaries,
         window_hu: tuple[float, float],
         latent_shape: tuple[int, ...],
         seed: int,
@@ -115,7 +115,7 @@ class AutoencoderObjective:
         self.window_hu, self.latent_shape, self.seed = window_hu, latent_shape, seed
 
     def loss(self, module: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        """The terms of `Autoencoder.training_terms`, and their sum."""
+        """The terms of the module, and their sum."""
         noise = draw(self.seed, batch["position"], 0, self.latent_shape).noise
         terms = module(self._images(batch, device), noise.to(device))
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
@@ -123,7 +123,8 @@ class AutoencoderObjective:
     def preview(self, module: Any, batch: Batch, device: torch.device) -> Tensor:
         """Slices above their reconstructions."""
         images = self._images(batch, device)[:NUM_PREVIEWED]
-        return _grid([images, module.decode(module.encode(images))])
+        autoencoder = getattr(module, "generator", module)
+        return _grid([images, autoencoder.decode(autoencoder.encode(images))])
 
     def _images(self, batch: Batch, device: torch.device) -> Tensor:
         # int16 travels to the device: half the bytes.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raysynth.config import (
+    AutoencoderKLConfig,
     Diffusion,
     ExperimentConfig,
     FromFolder,
@@ -32,7 +33,7 @@ from raysynth.models.autoencoder import Autoencoder, VQAutoencoder, build_autoen
 from raysynth.models.bundle import bundle_digest, load_bundle, read_facts, save_bundle
 from raysynth.models.denoiser import Denoiser, StableDenoiser, build_denoiser
 from raysynth.models.facts import BundleFacts
-from raysynth.models.gan import build_adversaries
+from raysynth.models.gan import Adversaries, AutoencoderAdversaries, build_adversaries
 from raysynth.models.pretrained import (
     check_folder,
     finished_weights,
@@ -280,7 +281,10 @@ def build_objective(
                 assert isinstance(autoencoder, VQAutoencoder)
                 hu = _first_training_slices(samples, NUM_CODE_SLICES)
                 autoencoder.spread_codes(torch.from_numpy(normalize(hu, model.window_hu)[:, None]))
-            return AutoencoderObjective(autoencoder, model.window_hu, shape, config.seed)
+            trained: Autoencoder | AutoencoderAdversaries = autoencoder
+            if isinstance(model, AutoencoderKLConfig | VQVAEConfig) and model.adversarial_weight:
+                trained = AutoencoderAdversaries(autoencoder, model)
+            return AutoencoderObjective(trained, model.window_hu, shape, config.seed)
         space: Space
         if isinstance(model, OfLatents):
             assert latents is not None
@@ -322,10 +326,12 @@ def _save_bundle(
     splits = {case.patient_key: case.split for case in cases}
     patients = Counter(splits.values())
     autoencoder, latent_scale = None, 1.0
-    weights: dict[str, dict[str, Tensor]] = {"autoencoder": outcome.weights}
-    tokenizer = None
+    trained, tokenizer = outcome.weights, None
+    if isinstance(objective.module, Adversaries):
+        trained = _of_generator(trained)
+    weights: dict[str, dict[str, Tensor]] = {"autoencoder": trained}
     if isinstance(objective, AdversarialObjective):
-        weights = {"generator": _of_generator(outcome.weights)}
+        weights = {"generator": trained}
     if isinstance(objective, DiffusionObjective):
         weights = {"denoiser": outcome.weights}
         if isinstance(objective.module, StableDenoiser):

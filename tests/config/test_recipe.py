@@ -77,6 +77,50 @@ BAD = {
         ["sampling.prior=independent", "sampling.cohort={texture: {solid: 1.0}}"],
         "prior independent draws sizes and scores by itself: leave out cohort",
     ),
+    "one scale is no sweep": (
+        DENOISING,
+        ["evaluation.guidance_scales=[3]"],
+        "evaluation: guidance_scales 3: give two or more different ones, or none",
+    ),
+    "a sweep of equal scales": (
+        DENOISING,
+        ["evaluation.guidance_scales=[3, 1, 3.0]"],
+        "guidance_scales 3, 1, 3: give two or more different ones",
+    ),
+    "a sweep with a scale that is none": (
+        DENOISING,
+        ["evaluation.guidance_scales=[1, .nan]"],
+        r"evaluation.guidance_scales.1 is nan",
+    ),
+    "a sweep below nothing": (
+        DENOISING,
+        ["evaluation.guidance_scales=[1, -2]"],
+        r"evaluation.guidance_scales.1 is -2",
+    ),
+    "a sweep of who is not guided": (
+        "model: {family: spade_gan}",
+        ["evaluation.guidance_scales=[1, 3]"],
+        "guidance_scales with model.family spade_gan: only diffusion models are guided",
+    ),
+    "a sweep without a null condition": (
+        DENOISING,
+        ["evaluation.guidance_scales=[1, 3]", "model.condition_drop=0"],
+        "guidance_scales with model.condition_drop 0: this model never learns",
+    ),
+    "the name of a swept scale": (
+        DENOISING,
+        ["name=mine_scale_3"],
+        "runs that end in _scale_3 are controls of others",
+    ),
+    "a scale of words": (DENOISING, ["sampling.guidance_scale=much"], "guidance_scale is 'much'"),
+    "a scale that is no number": (DENOISING, ["sampling.guidance_scale=.nan"], "scale is nan"),
+    "a scale without end": (DENOISING, ["sampling.guidance_scale=.inf"], "scale is inf"),
+    "a scale below nothing": (DENOISING, ["sampling.guidance_scale=-1"], "scale is -1"),
+    "a rating outside 1 to 5": (
+        DENOISING,
+        ["sampling.counterfactual={texture: [1, 6]}"],
+        r"counterfactual.texture \(1, 6\): give two or more scores from 1 to 5",
+    ),
     "no signal at all": (DENOISING, ["model.snr_gamma=0"], "snr_gamma is 0"),
     "a list": ("- 1", [], "expected `key: value` sections, found list"),
     "units that crops lost": (
@@ -140,13 +184,6 @@ def test_every_published_recipe_has_a_tiny_sibling_of_the_same_structure(path: P
     config = load_recipe(path)
     tiny = load_recipe(path.with_name(f"{path.stem}_tiny.yaml"))
     assert tiny.model.family == config.model.family
-    for choice in (
-        "conditioning",
-        "context",
-        "prediction_type",
-        "schedule",
-        "loss",
-        "snr_gamma",
-        "tuning",
-    ):
+    same = ("conditioning", "context", "prediction_type", "schedule", "loss", "snr_gamma")
+    for choice in (*same, "edge_map", "tuning"):
         assert getattr(tiny.model, choice, None) == getattr(config.model, choice, None)

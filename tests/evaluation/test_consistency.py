@@ -6,6 +6,7 @@ import pytest
 from raysynth.case import CONDITION_ATTRIBUTES, CONDITION_COLUMNS
 from raysynth.evaluation.consistency import (
     between_readers,
+    mean_kappa,
     of_readers,
     of_requests,
     quadratic_kappa,
@@ -65,6 +66,23 @@ def test_a_judge_reads_what_can_be_seen_and_nothing_else() -> None:
     exchanged = of_requests(judges, features, np.roll(asked, 1, axis=0), seed=0)
     assert exchanged["texture"].interval[1] < told["texture"].interval[0]
     assert exchanged["texture"].interval[0] < 0 < exchanged["texture"].interval[1] + 0.05
+
+
+def test_the_mean_over_scores_draws_requests() -> None:
+    judges = train_judges(*visible(600, seed=0)[:2])
+    features, _, truth = visible(300, seed=1)
+    asked = np.zeros((300, 5), np.uint8)
+    asked[:, TEXTURE] = truth
+    told = of_requests(judges, features, asked, seed=0)["texture"]
+    alone = mean_kappa(judges, features, asked, np.arange(300), seed=0)
+    assert alone is not None
+    assert alone[0] == pytest.approx(told.kappa)
+    assert alone[1] == pytest.approx(told.interval, abs=0.02)
+    asked[:, SPHERICITY] = 1  # what was asked never varies: 0 in the mean
+    both = mean_kappa(judges, features, asked, np.arange(300), seed=0)
+    assert both is not None
+    assert both[0] == pytest.approx(told.kappa / 2)
+    assert mean_kappa(judges, features, np.zeros_like(asked), np.arange(300), seed=0) is None
 
 
 def test_few_or_equal_nodules_train_no_judge() -> None:

@@ -14,6 +14,7 @@ from raysynth.case import CONDITION_COLUMNS, Split
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
 from raysynth.evaluation.evaluate import EvaluationSummary, evaluate
+from raysynth.evaluation.sweep_report import sweep_section
 from raysynth.phantom.patient import phantom_case
 from raysynth.preprocess.slices import cut_slices, plan_slices
 from raysynth.store.reader import SampleSet, case_attrs
@@ -50,8 +51,8 @@ def _config(work_dir: Path) -> ExperimentConfig:
                 },
                 "samples": {"size": 48, "spacing_mm": 5.0, "nodule_free_every": 2},
             },
-            "model": {"family": "autoencoder_kl", "channels": (8, 8, 8), "norm_num_groups": 4},
-            "evaluation": {"num_bootstrap": 30},
+            "model": {"family": "latent_diffusion", "autoencoder": "none"},
+            "evaluation": {"num_bootstrap": 30, "guidance_scales": (1.0, 3.0, 8.0)},
         }
     )
 
@@ -131,6 +132,24 @@ def _write_runs(root: zarr.Group, config: ExperimentConfig) -> None:
     _write_synthetic(root, f"{config.name}_untrained", noise, asked)
     others = np.roll(hu, len(hu) // 2, axis=0)
     _write_synthetic(root, f"{config.name}_shuffled", others, asked)
+    _write_swept(root, config, hu, asked)
+
+
+def _write_swept(
+    root: zarr.Group, config: ExperimentConfig, hu: np.ndarray, asked: dict[str, Any]
+) -> None:
+    """Two of each request: ignored at 1, as asked for at 3, all alike and noisy at 8."""
+    per_sample = {"rows", "layout", "box", "case", "attributes"}
+    twice = {
+        name: np.repeat(part, 2, axis=0) if name in per_sample else part
+        for name, part in asked.items()
+    }
+    rng = np.random.default_rng(1)
+    noisy = np.repeat(hu, 2, axis=0) + rng.normal(0, 60, (2 * len(hu), *hu.shape[1:]))
+    ignored = rng.permutation(noisy)
+    alike = np.repeat(noisy[:1], len(noisy), axis=0)
+    for scale, images in ((1, ignored), (3, noisy), (8, alike)):
+        _write_synthetic(root, config.swept_name(scale), images.astype(np.int16), twice)
 
 
 def _write_greys(root: zarr.Group) -> None:
@@ -262,3 +281,32 @@ def test_requests_are_read_off_the_slices_that_follow_them(summary: EvaluationSu
     assert texture["shuffled"].interval[1] < texture["synthetic"].interval[0]
     assert all(abs(agreement.kappa) < 0.25 for agreement in seen["untrained"].values())
     assert summary.reader_kappa["texture"] == pytest.approx(0.59, abs=0.01)
+
+
+def test_a_sweep_takes_the_scale_that_follows_requests_and_varies(
+    summary: EvaluationSummary,
+) -> None:
+    swept = summary.sweep
+    assert swept is not None
+    figures = {one.scale: {n: f.value for n, f in one.figures.items()} for one in swept.scales}
+    assert list(figures) == [1, 3, 8]
+    assert set(figures[3]) == {"fid", "kid", "ms_ssim", "kappa", "found"}
+    assert figures[8]["ms_ssim"] > 0.99 > figures[3]["ms_ssim"] > figures[1]["ms_ssim"]
+    assert figures[8]["kid"] > 2 * figures[3]["kid"]
+    assert figures[3]["kappa"] > figures[1]["kappa"] + 0.3
+    assert figures[3]["found"] > figures[1]["found"] + 0.2
+    assert swept.chosen == 3
+    assert swept.reference == "test"  # no patient is there to validate
+    assert swept.keys["ms_ssim"].startswith("ms_ssim/slice/nodule16/1-scales@1/")
+    # Neighbouring phantoms share no nodule: what they reach beside is the floor and the share.
+    assert {"fid", "kid", "found", "kappa"} <= set(swept.patients)
+    section = sweep_section(json.loads(Path(summary.path).read_text()), 1.0)
+    assert section is not None
+    assert "3 (chosen)" in [row[0] for row in section.table]
+    assert any("chosen by the test patients" in sentence for sentence in section.sentences)
+
+
+def test_a_scale_that_was_not_drawn_is_named(config: ExperimentConfig, local_ray: None) -> None:
+    evaluation = config.evaluation.model_copy(update={"guidance_scales": (3.0, 5.0)})
+    with pytest.raises(InputError, match="asks for 5, and the store has no synthetic/tiny_scale_5"):
+        evaluate(config.model_copy(update={"evaluation": evaluation}))

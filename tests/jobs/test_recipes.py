@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raysynth.case import Label
@@ -141,6 +142,9 @@ def test_prompts_are_drawn(work_dir: Path) -> None:
     assert all(prompt.startswith("axial chest CT, ") for prompt in prompts)
     assert len(set(prompts)) == drawn.count == 8
     assert (drawn.index["source_case"] == -1).all()
+    for scale in (1, 3):
+        swept = open_group(open_root(str(work_dir / "store")), f"synthetic/{name}_scale_{scale}")
+        assert np.array_equal(SampleSet(swept).index["prompt"][::2], drawn.index["prompt"][:4])
     assert validate(work_dir / "store", full=True) == []
 
 

@@ -31,7 +31,7 @@ def test_shapes_and_determinism(config):
 def test_gradients_reach_every_parameter(config):
     autoencoder = build_autoencoder(config)
     noise = torch.randn(2, config.latent_channels, 4, 4)
-    terms = autoencoder.training_terms(torch.rand(2, 1, 16, 16) * 2 - 1, noise)
+    terms = autoencoder(torch.rand(2, 1, 16, 16) * 2 - 1, noise)
     assert set(terms) == {
         "reconstruction",
         "gradient",
@@ -69,7 +69,7 @@ def test_kl_term_matches_its_closed_form():
         normal = torch.distributions.Normal(mean, sigma)
         unit = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
         expected = torch.distributions.kl_divergence(normal, unit).sum(dim=(1, 2, 3)).mean()
-        kl = autoencoder.training_terms(x, torch.randn_like(mean))["kl"]
+        kl = autoencoder(x, torch.randn_like(mean))["kl"]
     torch.testing.assert_close(kl / CONFIGS["kl"].kl_weight, expected)
 
 
@@ -88,7 +88,7 @@ def test_quantize_and_its_gradient_equal_diffusers():
     reconstruction_terms(decoded, x)["reconstruction"].backward()
     expected = autoencoder.network.quant_conv.weight.grad.clone()
     autoencoder.zero_grad()
-    autoencoder.training_terms(x, torch.empty(0))["reconstruction"].backward()
+    autoencoder(x, torch.empty(0))["reconstruction"].backward()
     torch.testing.assert_close(autoencoder.network.quant_conv.weight.grad, expected)
 
 

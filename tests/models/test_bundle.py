@@ -11,6 +11,7 @@ from raysynth.config.model import (
     AutoencoderKLConfig,
     LatentDiffusionConfig,
     SemanticDiffusionConfig,
+    SpadeGanConfig,
     VQVAEConfig,
 )
 from raysynth.errors import InputError
@@ -18,7 +19,7 @@ from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.bundle import load_bundle, read_facts, save_bundle
 from raysynth.models.conditioner import collate
 from raysynth.models.denoiser import build_denoiser
-from raysynth.models.facts import BundleFacts
+from raysynth.models.facts import BundleFacts, model_card
 
 SMALL = {"channels": (8, 8, 8), "num_res_blocks": 1, "norm_num_groups": 8}
 AUTOENCODERS = {
@@ -127,6 +128,15 @@ def test_no_path_of_the_training_machine_is_kept(diffusion_bundle):
     path, *_ = diffusion_bundle
     assert "elsewhere" not in (path / "bundle.json").read_text()
     assert read_facts(path).model.autoencoder.name == "autoencoder.safetensors"
+
+
+def test_card_says_which_part_of_a_published_loss_is_missing():
+    left_out = "Left out: the perceptual term of the published loss"
+    assert left_out in model_card(facts(SpadeGanConfig()), "gan")
+    assert "with no discriminator" in model_card(facts(AUTOENCODERS["kl"]), "plain")
+    against = VQVAEConfig(**SMALL, adversarial_weight=0.1)
+    assert "with a discriminator at weight 0.1" in model_card(facts(against), "sharp")
+    assert "Left out" not in model_card(facts(SemanticDiffusionConfig()), "diffusion")
 
 
 def test_card_states_the_facts(diffusion_bundle):

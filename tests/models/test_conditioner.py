@@ -5,12 +5,12 @@ from torch.nn import functional
 
 from raysynth.case import Label
 from raysynth.condition import Condition
-from raysynth.errors import InputError
 from raysynth.models.conditioner import (
     AttributeEmbedding,
     TokenContext,
     box_mask,
     collate,
+    edge_map,
     lung_mask,
 )
 
@@ -75,19 +75,19 @@ def test_drop_makes_null_rows_of_the_masked_samples_only():
         assert torch.equal(rows[1], getattr(batch, name)[1])
 
 
-@pytest.mark.parametrize(
-    ("condition", "message"),
-    [
-        (Condition(layout=np.zeros((8, 8), np.uint8)), r"layout of shape \(8, 8\).*\(16, 16\)"),
-        (Condition(box=(4, 4, 4, 8)), r"box \(4, 4, 4, 8\): give"),
-        (Condition(box=(4, 4, 20, 8)), r"<= 16"),
-        (Condition(attributes=(1, 2, 3)), r"attributes \(1, 2, 3\): give 5 scores 1-5"),
-        (Condition(attributes=(1, 2, 3, 4, 6)), r"attributes \(1, 2, 3, 4, 6\)"),
-    ],
-)
-def test_conditions_that_do_not_fit_are_refused(condition, message):
-    with pytest.raises(InputError, match=message):
-        collate([condition], 16)
+def test_both_sides_of_a_change_are_an_edge():
+    layout = torch.full((2, 5, 5), Label.BODY, dtype=torch.uint8)
+    layout[0, 1:4, 1:4] = Label.LIVER  # the same channel as the body, and an edge all the same
+    edges = edge_map(layout)
+    assert edges.shape == (2, 1, 5, 5)
+    assert edges[0, 0].tolist() == [
+        [0, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+        [1, 1, 0, 1, 1],
+        [1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 0],
+    ]
+    assert not edges[1].any()
 
 
 def test_mask_tokens_are_patches():

@@ -116,9 +116,12 @@ def test_scale_and_shift_follow_the_layout_as_published():
     torch.testing.assert_close(spade(x, layout), expected)
 
 
-def test_a_semantic_network_sees_the_layout_alone():
+@pytest.mark.parametrize("edges", [False, True])
+def test_a_semantic_network_sees_the_layout_alone(edges):
     torch.manual_seed(0)
-    denoiser, batch = awake(semantic()), conditions()
+    denoiser, batch = awake(semantic(edge_map=edges)), conditions()
+    assert denoiser.encode(batch).channels.shape == (2, 6 + edges, 32, 32)
+    assert not denoiser.encode(batch.null()).channels.any()
     x_t, timestep = torch.randn(2, 1, 32, 32), torch.tensor([10, 900])
     prediction = denoiser(x_t, timestep, batch)
     assert prediction.shape == x_t.shape

@@ -8,9 +8,15 @@ import torch
 
 from raysynth.case import Label
 from raysynth.condition import Condition
-from raysynth.config import Pix2PixConfig, SpadeGanConfig
+from raysynth.config import AutoencoderKLConfig, Pix2PixConfig, SpadeGanConfig, VQVAEConfig
+from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.conditioner import ConditionBatch, collate
-from raysynth.models.gan import Adversaries, build_adversaries, build_generator
+from raysynth.models.gan import (
+    Adversaries,
+    AutoencoderAdversaries,
+    build_adversaries,
+    build_generator,
+)
 
 SIZE = 32
 SMALL = {"channels": (8, 16), "discriminator_channels": 8, "discriminator_layers": 2}
@@ -80,6 +86,33 @@ def test_images_follow_their_own_condition_alone(adversaries: Adversaries) -> No
     assert both.abs().max() <= 1
     torch.testing.assert_close(both[:1], alone)
     assert (both[0] - both[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["kl", "vq"])
+def test_an_autoencoder_learns_beside_its_discriminator(family: str) -> None:
+    torch.manual_seed(0)
+    small = {"channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 8}
+    adversarial = {"adversarial_weight": 0.1, "discriminator_channels": 8}
+    config = (
+        AutoencoderKLConfig(**small | adversarial)
+        if family == "kl"
+        else VQVAEConfig(**small | adversarial, num_codes=16)
+    )
+    pair = AutoencoderAdversaries(build_autoencoder(config), config)
+    images = torch.rand(2, 1, SIZE, SIZE) * 2 - 1
+    noise = torch.randn(2, config.latent_channels, SIZE // 2, SIZE // 2)
+    terms = pair(images, noise)
+    plain = pair.generator(images, noise)
+    assert set(terms) == {*plain, "generator", "discriminator"}
+    assert all(torch.allclose(terms[name], plain[name], atol=1e-6) for name in plain)
+    of_discriminator = terms.pop("discriminator")
+    torch.stack(list(terms.values())).sum().backward(retain_graph=True)
+    assert all(one.grad is None for one in pair.discriminator.parameters())
+    before = [one.grad.clone() for one in pair.generator.parameters()]
+    of_discriminator.backward()
+    assert all(one.grad is not None for one in pair.discriminator.parameters())
+    after = [one.grad for one in pair.generator.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from raysynth.case import Label
+from raysynth.report.charts import SweepPanel
 from raysynth.report.html import (
     ComparisonPage,
     MetricRow,
     ReportData,
+    SweepSection,
     Tile,
     write_comparison,
     write_report,
@@ -56,6 +58,16 @@ def _data() -> ReportData:
         seconds={"train": 1.5},
         recipe="name: run",
         attribution=["made from nothing"],
+        sweep=SweepSection(
+            [
+                SweepPanel("FID", [1, 3], [(2.0, (1.0, 3.0)), (1.5, None)], (1.0, (0.5, 1.5))),
+                SweepPanel("found", [1, 3], [(0.5, None), (0.7, (0.6, 0.8))], None),
+            ],
+            [["guidance scale", "FID"], ["3 (chosen)", "1.5"]],
+            3.0,
+            ["Rule: the best."],
+            "fid/slice/all/x@1/8",
+        ),
     )
 
 
@@ -76,9 +88,11 @@ def test_the_page_needs_nothing_from_outside_and_shows_everything(tmp_path: Path
         "1.02 times",
         "0.125 (no interval)",
         "made from nothing",
+        "3 (chosen)",
+        "Rule: the best.",
     ):
         assert text in page
-    assert page.count("<svg") >= 6
+    assert page.count("<svg") >= 7
     assert not list(path.parent.glob("*.part"))
 
 

@@ -119,6 +119,33 @@ def test_the_same_command_again_draws_nothing(drawn: ExperimentConfig) -> None:
     assert synthesize(drawn).drawn == 0
 
 
+def test_scales_that_are_asked_for_later_are_drawn_from_the_same_noise(
+    drawn: ExperimentConfig,
+) -> None:
+    evaluation = drawn.evaluation.model_copy(update={"guidance_scales": (1.0, 3.0)})
+    swept = drawn.model_copy(update={"evaluation": evaluation})
+    assert synthesize(swept).drawn == 2 * 70
+    assert synthesize(swept).drawn == 0
+    own = _set(drawn, "synthetic/tiny")
+    plain, guided = (_set(drawn, f"synthetic/tiny_scale_{scale}") for scale in (1, 3))
+    for column in ("box", "attributes", "source_sample"):
+        asked = own.index[column][:35]
+        for scale in (plain, guided):
+            assert np.array_equal(scale.index[column][::2], asked), column
+            assert np.array_equal(scale.index[column][1::2], asked), column
+    assert np.array_equal(plain.index["seed"], guided.index["seed"])
+    assert len(np.unique(plain.index["seed"])) == 70
+    # The recipe's own scale is 1: the first of each two is the recipe's own sample.
+    assert np.array_equal(plain.read("hu")[::2], own.read("hu")[:35])
+    assert (plain.read("hu")[::2] != plain.read("hu")[1::2]).any(axis=(1, 2)).all()
+    assert (plain.read("hu") != guided.read("hu")).any(axis=(1, 2)).all()
+    for run, scale, shape in ((plain, 1.0, 8), (guided, 3.0, 16)):
+        assert run.attrs["passport"]["sampling"]["guidance_scale"] == scale
+        assert run.attrs["passport"]["control"] == "swept"
+        assert (run.index["batch_shape"] == shape).all()
+    assert validate(drawn.store_url) == []
+
+
 def test_another_plan_under_the_same_name_is_refused(drawn: ExperimentConfig) -> None:
     other = drawing_config(drawn.work_dir, num_inference_steps=5)
     with pytest.raises(InputError, match="drawn by another bundle or plan"):

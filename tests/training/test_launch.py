@@ -21,7 +21,7 @@ from raysynth.models.bundle import load_bundle
 from raysynth.training.history import History, read_history
 from raysynth.training.launch import _ray_worker, train
 from tests.store.conftest import make_store
-from tests.training.conftest import DIFFUSION, recipe
+from tests.training.conftest import AUTOENCODER, DIFFUSION, recipe
 
 
 def test_an_autoencoder_becomes_a_bundle(trained: Path) -> None:
@@ -31,6 +31,15 @@ def test_an_autoencoder_becomes_a_bundle(trained: Path) -> None:
     assert bundle.latent_shape == (2, 12, 12)
     assert bundle.facts.seen_samples == 64
     assert bundle.facts.indicative
+
+
+def test_a_discriminator_trains_an_autoencoder_and_is_gone(trained: Path) -> None:
+    adversarial = {"adversarial_weight": 0.1, "discriminator_channels": 4}
+    summary = train(recipe(trained, "sharp", AUTOENCODER | adversarial))
+    logged = read_history(summary.history)[-1]
+    assert {"reconstruction", "kl", "generator", "discriminator"} <= logged.keys()
+    sharp, plain = (load_bundle(trained / "bundles" / name).autoencoder for name in ("sharp", "ae"))
+    assert sharp.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_a_diffusion_model_takes_its_autoencoder_along(trained: Path) -> None:
