@@ -70,8 +70,8 @@ def _warm_up() -> None:
     ray.get([ray.remote(num_cpus=1)(load).remote() for _ in range(2)])
 
 
-def _judge(name: str, work_dir: Path, *overrides: str) -> dict[str, Any]:
-    run("evaluate", name, work_dir, *overrides)
+def _judge(name: str, work_dir: Path) -> dict[str, Any]:
+    run("evaluate", name, work_dir)
     judged = json.loads((work_dir / "evaluation" / f"{name}.json").read_text())
     assert judged["metrics"]
     assert all(math.isfinite(result["value"]) for result in judged["metrics"].values())
@@ -180,7 +180,7 @@ def test_a_published_autoencoder_serves_the_attributes(work_dir: Path, tmp_path:
     assert load_bundle(work_dir / "bundles" / "published").autoencoder is not None
 
 
-def test_models_of_greys_run_to_their_report(tmp_path: Path) -> None:
+def test_models_of_greys_are_trained_and_drawn(tmp_path: Path) -> None:
     """The recipes of LIDC's crops, on invented ones, with a few of their steps."""
     import ray
 
@@ -196,8 +196,7 @@ def test_models_of_greys_run_to_their_report(tmp_path: Path) -> None:
         "sampling.num_samples=8",
         "sampling.num_inference_steps=4",
         "sampling.batch_size=8",
-        "evaluation.num_control_samples=8",
-        "evaluation.num_bootstrap=20",
+        "evaluation.controls=false",
     ]
     for verb in ("ingest", "shard", "train"):
         run(verb, "lidc_slices_kl", tmp_path, *few)
@@ -209,10 +208,6 @@ def test_models_of_greys_run_to_their_report(tmp_path: Path) -> None:
         assert "NOT Hounsfield units" in card
         assert "CC BY 3.0" in card
     assert validate(tmp_path / "store", full=True) == []
-    _judge("lidc_slices_attributes", tmp_path, *few)
-    page = (tmp_path / "evaluation" / "lidc_slices_attributes.html").read_text()
-    assert "ct-conv-relative@1" in page
-    assert "Window all grey values" in page
 
 
 @pytest.fixture(scope="module")
