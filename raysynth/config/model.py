@@ -53,7 +53,8 @@ class Autoencoder(OfImages):
     norm_num_groups: int = Field(32, ge=1)
     adversarial_weight: float = Field(0.0, ge=0)
     """Of being taken for real by a discriminator of patches, beside the reconstruction error; 0:
-    there is none. About 0.1 sharpens textures, which then are invented in part."""
+    there is none. A tiny autoencoder reconstructed worse with it: both networks' gradients are
+    clipped together, and the discriminator's may take most of that."""
     discriminator_channels: PositiveInt = 64
 
     @property
@@ -355,7 +356,7 @@ def hears_scores(model: Section) -> bool:
     """Whether a model is told the five scores of a nodule, as numbers or in words."""
     if isinstance(model, LatentDiffusionConfig):
         return model.conditioning >= 3
-    return isinstance(model, TextDiffusionConfig)
+    return isinstance(model, TextGuided)
 
 
 GanConfig = SpadeGanConfig | Pix2PixConfig

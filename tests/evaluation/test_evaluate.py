@@ -138,7 +138,7 @@ def _write_runs(root: zarr.Group, config: ExperimentConfig) -> None:
 def _write_swept(
     root: zarr.Group, config: ExperimentConfig, hu: np.ndarray, asked: dict[str, Any]
 ) -> None:
-    """Two of each request: ignored at 1, as asked for at 3, all alike and noisy at 8."""
+    """Two of each request: ignored and coarse at 1, as asked for at 3, all alike at 8."""
     per_sample = {"rows", "layout", "box", "case", "attributes"}
     twice = {
         name: np.repeat(part, 2, axis=0) if name in per_sample else part
@@ -146,7 +146,7 @@ def _write_swept(
     }
     rng = np.random.default_rng(1)
     noisy = np.repeat(hu, 2, axis=0) + rng.normal(0, 60, (2 * len(hu), *hu.shape[1:]))
-    ignored = rng.permutation(noisy)
+    ignored = rng.permutation(noisy) + rng.normal(0, 200, noisy.shape)
     alike = np.repeat(noisy[:1], len(noisy), axis=0)
     for scale, images in ((1, ignored), (3, noisy), (8, alike)):
         _write_synthetic(root, config.swept_name(scale), images.astype(np.int16), twice)
@@ -285,7 +285,7 @@ def test_requests_are_read_off_the_slices_that_follow_them(summary: EvaluationSu
     assert summary.reader_kappa["texture"] == pytest.approx(0.59, abs=0.01)
 
 
-def test_a_sweep_sees_who_follows_requests_and_shuns_copies(
+def test_a_sweep_takes_the_scale_that_follows_requests_and_varies(
     summary: EvaluationSummary,
 ) -> None:
     swept = summary.sweep
@@ -294,18 +294,17 @@ def test_a_sweep_sees_who_follows_requests_and_shuns_copies(
     assert list(figures) == [1, 3, 8]
     assert set(figures[3]) == {"fid", "kid", "ms_ssim", "kappa", "found"}
     assert figures[8]["ms_ssim"] > 0.99 > figures[3]["ms_ssim"] > figures[1]["ms_ssim"]
-    assert figures[8]["kid"] > figures[3]["kid"]
-    # A dozen nodules: exchanged ones may happen to be alike.
-    assert figures[3]["kappa"] > figures[1]["kappa"] + 0.1
+    assert min(figures[1]["kid"], figures[8]["kid"]) > figures[3]["kid"]
+    assert figures[3]["kappa"] > figures[1]["kappa"]
     assert figures[3]["found"] > figures[1]["found"] + 0.2
-    assert swept.chosen in (1, 3)
+    assert swept.chosen == 3
     assert swept.reference == "test"  # no patient is there to validate
     assert swept.keys["ms_ssim"].startswith("ms_ssim/slice/nodule16/1-scales@1/")
     # Neighbouring phantoms share no nodule: what they reach beside is the floor and the share.
     assert {"fid", "kid", "found", "kappa"} <= set(swept.patients)
     section = sweep_section(json.loads(Path(summary.path).read_text()), 1.0)
     assert section is not None
-    assert f"{swept.chosen:g} (chosen)" in [row[0] for row in section.table]
+    assert "3 (chosen)" in [row[0] for row in section.table]
     assert any("chosen by the test patients" in sentence for sentence in section.sentences)
 
 
