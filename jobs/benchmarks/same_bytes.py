@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.benchmarks.ratios import Row, Seconds, facts_of_run, median_row, paired_ratio, report
+from jobs.benchmarks.sampling import make_network
 from raysynth.condition import Condition
-from raysynth.config.model import LatentDiffusionConfig
 from raysynth.diffusion.schedule import build_schedule
 from raysynth.models.conditioner import EncodedCondition, collate
-from raysynth.models.denoiser import Denoiser, build_denoiser
+from raysynth.models.denoiser import Denoiser
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 
 LATENT_SHAPE, SAMPLE_SIZE, BATCH_SIZE, GUIDANCE = (4, 32, 32), 128, 8, 2.0
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave compiled ways out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    denoiser = _network()
+    denoiser = make_network((32, 48, 64), LATENT_SHAPE)
     facts = facts_of_run("torch", "diffusers", "monai") | {
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "steps": options.steps,
@@ -95,24 +95,6 @@ def _ways(denoiser: Denoiser, steps: int, compiled: bool) -> dict[str, Way]:
         strong.memory_format = torch.channels_last
         ways[STRONG] = strong.diffusers
     return ways
-
-
-def _network() -> Denoiser:
-    torch.manual_seed(0)
-    config = LatentDiffusionConfig(
-        autoencoder="none",
-        channels=(32, 48, 64),
-        attention_levels=(False, True, True),
-        num_res_blocks=1,
-        num_head_channels=16,
-        norm_num_groups=16,
-    )
-    denoiser = build_denoiser(config, LATENT_SHAPE[0], LATENT_SHAPE[1]).eval()
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            if not parameter.any():  # zero at the start; a trained network's are not
-                parameter.normal_(std=0.02)
-    return denoiser
 
 
 def _condition(number: int) -> Condition:
