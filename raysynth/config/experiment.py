@@ -23,10 +23,11 @@ from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
 from raysynth.errors import InputError
 
-UNTRAINED, SHUFFLED = "_untrained", "_shuffled"
-"""Runs drawn beside a recipe's own, to compare: with fresh weights, and with requests exchanged."""
+UNTRAINED, SHUFFLED, CONSTANT = "_untrained", "_shuffled", "_constant"
+"""Runs drawn beside a recipe's own, to compare: with fresh weights, with requests exchanged, and of
+holes with the mean of each tissue."""
 
-DRAWN_BESIDE = re.compile(rf"({UNTRAINED}|{SHUFFLED}|_scale_[0-9.]+)$")
+DRAWN_BESIDE = re.compile(rf"({UNTRAINED}|{SHUFFLED}|{CONSTANT}|_scale_[0-9.]+)$")
 """How those end, and runs at one of `evaluation.guidance_scales`."""
 
 

@@ -47,7 +47,7 @@ class Cohort(Section):
     @model_validator(mode="after")
     def _are_shares(self) -> Cohort:
         for name, asked in (("texture", self.texture), ("diameter_mm", self.diameter_mm)):
-            total = sum(asked.values())
+            total = round(sum(asked.values()), 9)  # .3 + .35 + .35 is a little less than 1
             is_whole = len(asked) == (3 if name == "texture" else 4)
             if min(asked.values(), default=0) < 0 or total > 1 or (is_whole and total != 1):
                 raise ValueError(

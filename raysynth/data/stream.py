@@ -29,8 +29,7 @@ from storage_schema.v1 import SPLITS
 Batch = dict[str, NDArray[Any]]
 
 PREFETCHED_BATCHES = 2
-"""Batches kept ready: enough to hide the read of a shard behind the use of a batch."""
-
+"""Batches kept ready for each lane: all of them may need their next shard at the same batch."""
 
 FETCHES_AT_ONCE = 4
 """Shards that are on their way together: an object store answers late, but many at once."""
@@ -150,7 +149,8 @@ class SampleStream:
             `position`, int64: the samples' places in the global order (seed noise by it, and it
             does not depend on the workers).
         """
-        prefetched: Queue[Batch | Exception] = Queue(maxsize=PREFETCHED_BATCHES)
+        lanes = self.order.open_shards // self._world_size
+        prefetched: Queue[Batch | Exception] = Queue(maxsize=PREFETCHED_BATCHES * lanes)
         stopped = threading.Event()
         reader = threading.Thread(
             target=self._fill, args=(prefetched, stopped, seen_samples), daemon=True

@@ -170,10 +170,16 @@ def distances(contenders: Sequence[Contender]) -> list[list[str]]:
     """Heading, and a row for each region: every recipe beside what real slices reach."""
     keys = _shared_keys(contenders)
     metrics = contenders[0].metrics
-    with_neighbours = any(metrics[key].get("neighbour") is not None for key in keys)
-    floors = {"floor": "floor: other patients", "neighbour": "floor: neighbouring slices"}
-    if not with_neighbours:
-        del floors["neighbour"]
+    floors = {
+        "floor": "floor: other patients",
+        "neighbour": "floor: neighbouring slices",
+        "constant": "no network: tissue means",
+    }
+    floors = {
+        name: text
+        for name, text in floors.items()
+        if name == "floor" or any(metrics[key].get(name) is not None for key in keys)
+    }
     heading = [f"{METRIC.upper()} of", "N", *(one.name for one in contenders), *floors.values()]
     rows = [
         [

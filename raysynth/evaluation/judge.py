@@ -43,8 +43,9 @@ class Arms:
     Attributes:
         real: every real sample, of all splits: the floor comes from them.
         reference: the real samples that others are judged by, the test split.
-        judged: `synthetic`, the controls `untrained` and `shuffled` where there are any, and the
-            real `neighbour`s of the reference for models that fill holes.
+        judged: `synthetic`, the controls `untrained` and `shuffled` where there are any, and for
+            models that fill holes the control `constant` and the real `neighbour`s of the
+            reference.
     """
 
     real: Arm
@@ -64,6 +65,7 @@ class MetricResult:
             None for too few patients to tell.
         untrained: of samples of an untrained model.
         shuffled: of samples drawn under each other's conditions.
+        constant: of holes filled with the mean of each tissue, without any model.
         neighbour: of the slices next to the reference's own: how near real slices come to them.
         disjoint: for each other column, whether its interval and the value's do not overlap.
         resampled: what the value's interval draws of the reference, `patients` or `samples`.
@@ -85,6 +87,8 @@ class MetricResult:
     disjoint: dict[str, bool]
     resampled: str
     reference_patients: int
+    constant: float | None = None
+    constant_interval: Interval | None = None
     neighbour: float | None = None
     neighbour_interval: Interval | None = None
     limit: float | None = None
@@ -193,6 +197,7 @@ def _result(
         value, subset_std = kid.mean, kid.std
     untrained, untrained_interval = columns.get("untrained", NO_COLUMN)
     shuffled, shuffled_interval = columns.get("shuffled", NO_COLUMN)
+    constant, constant_interval = columns.get("constant", NO_COLUMN)
     neighbour, neighbour_interval = columns.get("neighbour", NO_COLUMN)
     return MetricResult(
         value=value,
@@ -205,6 +210,8 @@ def _result(
         untrained_interval=untrained_interval,
         shuffled=shuffled,
         shuffled_interval=shuffled_interval,
+        constant=constant,
+        constant_interval=constant_interval,
         neighbour=neighbour,
         neighbour_interval=neighbour_interval,
         disjoint={column: _disjoint(interval, other) for column, (_, other) in columns.items()},

@@ -270,7 +270,7 @@ def metric_row(key: str, result: dict[str, Any]) -> MetricRow:
         return None if value is None else (value, interval and tuple(interval))
 
     value = (result["value"], tuple(result["interval"]))
-    columns = ("floor", "untrained", "shuffled", "neighbour")
+    columns = ("floor", "untrained", "shuffled", "constant", "neighbour")
     return MetricRow(key, value, **{name: entry(name) for name in columns})
 
 
@@ -332,6 +332,7 @@ FILLED = {
     "synthetic": "filled as asked",
     "shuffled": "filled for another slice",
     "untrained": "untrained network",
+    "constant": "filled with each tissue's mean",
 }
 
 

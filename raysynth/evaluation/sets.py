@@ -24,7 +24,7 @@ from raysynth.store.reader import SampleSet, case_attrs, open_group
 from raysynth.window import measurable
 from storage_schema.v1 import SPLITS
 
-CONTROLS = ("untrained", "shuffled")
+CONTROLS = ("untrained", "shuffled", "constant")
 MAX_SAMPLES = 50_000
 """Samples measured of a set, whole shards at random: features of all regions stay in memory, 4 kB a
 sample with `ct-conv` and 27 kB with Inception."""

@@ -79,7 +79,8 @@ def _split(prompt: str) -> list[str]:
 class TextEncoder(nn.Module):
     """A transformer over the words of prompts; the empty prompt is the null condition.
 
-    Before the words stands a place without one, where it gathers what the whole prompt says.
+    Before the words stands their sum, to which it adds what they say together. Begun from nothing,
+    the whole prompt would say nothing until attention has learned to gather it.
     """
 
     def __init__(self, config: TextDiffusionConfig) -> None:
@@ -116,8 +117,9 @@ class TextEncoder(nn.Module):
         """
         rows = [tokenize(prompt, self.max_tokens) for prompt in prompts]
         tokens = torch.tensor(rows, device=self.positions.device)
-        words = functional.pad(self.words(tokens), (0, 0, 1, 0))
         absent = functional.pad(tokens == PAD, (1, 0))
+        words = functional.pad(self.words(tokens), (0, 0, 1, 0)).masked_fill(absent[..., None], 0)
+        words[:, 0] = words.sum(dim=1) / (~absent).sum(dim=1, keepdim=True).sqrt()
         encoded = self.norm(self.layers(words + self.positions, src_key_padding_mask=absent))
         # Left to themselves, two empty places in three would drown the words in every attention.
         return torch.where(absent[..., None], encoded[:, :1], encoded)

@@ -39,6 +39,7 @@ class MetricRow:
     floor: Estimate | None = None
     untrained: Estimate | None = None
     shuffled: Estimate | None = None
+    constant: Estimate | None = None
     neighbour: Estimate | None = None
 
 
@@ -240,6 +241,7 @@ def _metric_chart(row: MetricRow) -> str:
         "neighbouring slices": row.neighbour,
         "synthetic": row.value,
         "shuffled conditions": row.shuffled,
+        "tissue means": row.constant,
         "untrained": row.untrained,
     }
     return charts.metric_chart(
@@ -261,6 +263,7 @@ def _row(row: MetricRow) -> dict[str, str]:
         "floor": text(row.floor),
         "untrained": text(row.untrained),
         "shuffled": text(row.shuffled),
+        "constant": text(row.constant),
         "neighbour": text(row.neighbour),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,14 @@ from raysynth import __version__
 from raysynth.case import CONDITION_ATTRIBUTES, Label
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig, HoleFilling, SamplingConfig
-from raysynth.config.experiment import SHUFFLED, UNTRAINED
+from raysynth.config.experiment import CONSTANT, SHUFFLED, UNTRAINED
 from raysynth.config.sampling import DRAWING
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import bundle_digest, read_facts
 from raysynth.sampling.adherence import Measurement
 from raysynth.sampling.draw import SliceSampler, paste_known
-from raysynth.sampling.hosts import plan_inpainting
+from raysynth.sampling.hosts import plan_inpainting, tissue_means
 from raysynth.sampling.planner import (
     NO_SOURCE,
     PlannedSample,
@@ -78,9 +78,8 @@ def synthesize(config: ExperimentConfig) -> SynthesisSummary:
     samples = _sample_set(config)
     digest = _bundle_digest(config, samples)
     drawn, snapshot = 0, main_snapshot(config.store_url)
-    for runs in _missing(config, samples, digest):
-        count, snapshot = _write(config, samples, digest, runs)
-        drawn += count
+    if runs := _missing(config, samples, digest):
+        drawn, snapshot = _write(config, samples, digest, runs)
     seconds = time.monotonic() - started
     return SynthesisSummary(
         run=config.name,
@@ -95,7 +94,7 @@ def synthesize(config: ExperimentConfig) -> SynthesisSummary:
 Plan = list[tuple[PlannedSample, PlannedSample]]
 """For every sample what it is drawn under, and what it is recorded as."""
 
-Role = Literal["own", "untrained", "shuffled", "swept"]
+Role = Literal["own", "untrained", "shuffled", "constant", "swept"]
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,8 @@ class Unit:
     plan: Plan
 
 
-def _missing(config: ExperimentConfig, samples: SampleSet, digest: str) -> Iterator[list[Run]]:
-    """The runs that the store lacks: the recipe's own with its controls, then swept scales."""
+def _missing(config: ExperimentConfig, samples: SampleSet, digest: str) -> list[Run]:
+    """The runs that the store lacks: the recipe's own with its controls, and swept scales."""
     mark = _fingerprint(config, samples, digest)
     own = not _is_there(config, config.name, mark)
     marks = {
@@ -141,17 +140,15 @@ def _missing(config: ExperimentConfig, samples: SampleSet, digest: str) -> Itera
         if not _is_there(config, config.swept_name(scale), of_scale)
     ]
     if not own and not scales:
-        return
+        return []
     asked = plan_run_samples(config, samples)
     count = config.evaluation.num_control_samples or len(asked)
-    if own:
-        yield _own_runs(config, asked, count, mark)
-    if scales:
-        pairs = pair_conditions(asked, count)
-        plan = list(zip(pairs, pairs, strict=True))
-        yield [
-            Run(config.swept_name(scale), "swept", scale, marks[scale], plan) for scale in scales
-        ]
+    runs = _own_runs(config, asked, count, mark) if own else []
+    pairs = pair_conditions(asked, count) if scales else []
+    plan = list(zip(pairs, pairs, strict=True))
+    for scale in scales:
+        runs.append(Run(config.swept_name(scale), "swept", scale, marks[scale], plan))
+    return runs
 
 
 def _own_runs(
@@ -166,6 +163,9 @@ def _own_runs(
         if len(few) > 1:
             plan = list(zip(shuffle_conditions(few), few, strict=True))
             runs.append(Run(config.name + SHUFFLED, "shuffled", scale, mark, plan))
+        if isinstance(config.model, HoleFilling):
+            plan = list(zip(few, few, strict=True))
+            runs.append(Run(config.name + CONSTANT, "constant", scale, mark, plan))
     return runs
 
 
@@ -180,21 +180,23 @@ def _write(
     config: ExperimentConfig, samples: SampleSet, digest: str, runs: list[Run]
 ) -> tuple[int, str]:
     """Draws what is missing of some runs and publishes them: samples drawn, and the snapshot."""
-    first, names = runs[0], " and ".join(f"synthetic/{run.name}" for run in runs)
+    names = " and ".join(f"synthetic/{run.name}" for run in runs)
     units = dict(_units(runs, samples.rows_per_shard))
-    # Swept scales are a run of the store by themselves, the recipe's own one with its controls.
-    mark = first.mark if first.role == "own" else fingerprint([run.mark for run in runs])
+    mark = fingerprint([[run.name, run.mark] for run in runs])
     with StoreRun(config.store_url, verb="synthesize", fingerprint=mark) as writing:
         if writing.is_new:
             attributes = _attributes(config, samples, digest)
             writing.declare(
                 lambda root: _declare(root, runs, samples, attributes), f"{names} planned"
             )
+        means = None
+        if isinstance(config.model, HoleFilling):
+            means = tissue_means(samples, config.model.window_hu)
         drawn = sum(len(unit.plan) for key, unit in units.items() if key not in writing.completed)
         write_units(
             writing,
             units,
-            _Drawer(config.bundle_path, config.sampling, config.seed),
+            _Drawer(config.bundle_path, config.sampling, config.seed, means),
             stage="synthesize",
             noun="shards",
             num_actors=config.sampling.num_actors,
@@ -217,11 +219,16 @@ def _units(runs: list[Run], rows_per_shard: int) -> Iterator[tuple[str, Unit]]:
 
 @dataclass(frozen=True)
 class _Drawer:
-    """Draws, measures and writes a shard. Each actor has a copy, and loads the bundle once."""
+    """Draws, measures and writes a shard. Each actor has a copy, and loads the bundle once.
+
+    Attributes:
+        tissue_means: HU of every label, for the control of models that fill holes.
+    """
 
     bundle_path: Path
     sampling: SamplingConfig
     seed: int
+    tissue_means: NDArray[np.int16] | None
 
     @cached_property
     def sampler(self) -> SliceSampler:
@@ -233,8 +240,7 @@ class _Drawer:
             hu, measured, draws = self.sampler.draw_until_found(drawn)
         else:
             # They show what the network does by itself: nothing of them is sorted out.
-            untrained, scale = unit.role == "untrained", unit.guidance_scale
-            hu = self.sampler.draw(drawn, untrained=untrained, guidance_scale=scale)
+            hu = self._without_redrawing(unit, drawn)
             # Exchanged requests lend a hole its filling; around it each slice stays its own.
             for image, one in zip(hu, asked, strict=True):
                 paste_known(image, one.condition)
@@ -258,6 +264,13 @@ class _Drawer:
             "index/measured_contrast_hu": np.where(found, contrast_hu, np.float32(np.nan)),
         }
         write_rows(open_group(root, f"synthetic/{unit.run}"), unit.first_row, arrays)
+
+    def _without_redrawing(self, unit: Unit, drawn: Sequence[PlannedSample]) -> NDArray[np.int16]:
+        if unit.role != "constant":
+            untrained, scale = unit.role == "untrained", unit.guidance_scale
+            return self.sampler.draw(drawn, untrained=untrained, guidance_scale=scale)
+        assert self.tissue_means is not None
+        return self.tissue_means[np.stack([one.condition.layout for one in drawn])]
 
 
 def _sample_set(config: ExperimentConfig) -> SampleSet:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from raysynth.case import Label
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig, HoleFilling
-from raysynth.config.model import Organ
+from raysynth.config.model import Organ, Window
 from raysynth.errors import InputError
 from raysynth.layout.holes import ORGANS, box_hole, free_hole, labels_of, organ_hole
 from raysynth.layout.morphology import Mask, dilate
@@ -27,6 +27,9 @@ RIM_PX = 2
 
 MAX_TRIES = 100
 """Places tried for a donor's tissue in one host."""
+
+MAX_MEAN_SLICES = 1000
+"""Slices that are enough for the mean of a tissue."""
 
 MAX_DRAWS = 200
 """Pairs of hosts and donors tried for one sample."""
@@ -116,6 +119,31 @@ def place_tissue(
             layout[y, x] = tissue
             return layout
     return None
+
+
+def tissue_means(samples: SampleSet, window_hu: Window) -> NDArray[np.int16]:
+    """Mean HU of every label in slices of training patients, as a table (256,); 0 of absent ones.
+
+    What may be known of a hole without any model: filled with it, figures say what copying earns.
+
+    Args:
+        samples: whose slices; `MAX_MEAN_SLICES` or a shard more are read.
+        window_hu: what a model sees. Values are clipped to it.
+    """
+    sums, counts = np.zeros(256), np.zeros(256)
+    read = 0
+    rng = np.random.default_rng(seed_of("tissue means", samples.num_shards))
+    for shard in rng.permutation(samples.num_shards):
+        start, stop = samples.shard_rows(int(shard))
+        learned = samples.index["split"][start:stop] == SPLITS.index("train")
+        if read >= MAX_MEAN_SLICES or not learned.any():
+            continue
+        labels = samples.read("layout", start, stop)[learned].ravel()
+        hu = np.clip(samples.read("hu", start, stop)[learned].ravel(), *window_hu)
+        sums += np.bincount(labels, hu, 256)
+        counts += np.bincount(labels, minlength=256)
+        read += int(learned.sum())
+    return np.rint(sums / np.maximum(counts, 1)).astype(np.int16)
 
 
 def _rows_by_organ(

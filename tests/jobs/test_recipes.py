@@ -235,6 +235,11 @@ def test_holes_are_filled_and_all_else_is_kept(abdomen: Path, name: str) -> None
     assert (drawn.index["copied_fraction"] > 0.1).all()
     assert (drawn.index["copied_fraction"] < 1).all()
     assert (hosts.index["split"][drawn.index["source_sample"]] == SPLITS.index("test")).all()
+    # The control of no network: what was filled is one value a tissue, in every slice.
+    constant = SampleSet(open_group(root, f"synthetic/{name}_constant"))
+    filled = constant.read("hu") != hosts.read("hu")[constant.index["source_sample"]]
+    for label in np.unique(constant.read("layout")[filled]):
+        assert len(np.unique(constant.read("hu")[filled & (constant.read("layout") == label)])) == 1
     if "new_tissue" in name:
         new = (drawn.read("layout") == Label.TUMOUR).sum(axis=(1, 2))
         old = (hosts.read("layout") == Label.TUMOUR).sum(axis=(1, 2))
@@ -242,7 +247,7 @@ def test_holes_are_filled_and_all_else_is_kept(abdomen: Path, name: str) -> None
     assert validate(abdomen / "store", full=True) == []
     if name in JUDGED:
         judged = _judge(name, abdomen)
-        assert set(judged["fills"]) == {"synthetic", "untrained", "shuffled"}
+        assert set(judged["fills"]) == {"synthetic", "untrained", "shuffled", "constant"}
         assert all(fill["changed"] == 0 for fill in judged["fills"].values())
         assert all(fill["known"] > 0 for fill in judged["fills"].values())
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import zarr
 
 from raysynth.case import Label
 from raysynth.config import parse_recipe
 from raysynth.layout.holes import ORGANS
-from raysynth.sampling.hosts import _hole, _rows_by_organ, place_tissue
+from raysynth.sampling.hosts import _hole, _rows_by_organ, place_tissue, tissue_means
+from raysynth.store.reader import SampleSet
+from raysynth.store.writer import create_sample_set, set_index, write_rows
+from storage_schema.v1 import SPLITS, sample_set
 
 SIDE = 40
 
@@ -54,3 +58,32 @@ def test_an_organ_is_all_of_it_and_has_its_own_hosts() -> None:
     made = _hole(both, "kidney", config, [], np.random.default_rng(0))
     assert made is not None
     assert np.array_equal(made[0], np.isin(both, ORGANS["kidney"]))
+
+
+def test_the_mean_of_a_tissue_is_that_of_training_patients_within_the_window() -> None:
+    rng = np.random.default_rng(0)
+    layouts = np.stack([layout(number % 2 == 0) for number in range(6)])
+    hu = rng.integers(-400, 400, layouts.shape).astype(np.int16)
+    split = np.array(
+        [SPLITS.index(name) for name in ("train", "train", "test", "test", "train", "val")]
+    )
+    root = zarr.create_group(zarr.storage.MemoryStore(), zarr_format=3)
+    attributes = {
+        "intensity": "hu",
+        "cases": ["case"],
+        "fingerprint": "f" * 12,
+        "settings": {},
+        "pixel_mm": 1.0,
+        "spacing_mm": 1.0,
+        "field_of_view_mm": 40.0,
+    }
+    spec = sample_set(len(hu), hu.shape[1:])
+    group = create_sample_set(root, "samples/slices", spec, attributes | {"kind": "slices"})
+    set_index(group, {"split": split})
+    write_rows(group, 0, {"hu": hu, "layout": layouts})
+    means = tissue_means(SampleSet(group), (-100, 200))
+    learned = split == SPLITS.index("train")
+    for label in (Label.LIVER, Label.SPLEEN, Label.TUMOUR, Label.BODY):
+        of_label = np.clip(hu[learned][layouts[learned] == label], -100, 200)
+        assert means[label] == round(of_label.mean())
+    assert means[Label.NODULE] == 0
