@@ -79,8 +79,7 @@ def _split(prompt: str) -> list[str]:
 class TextEncoder(nn.Module):
     """A transformer over the words of prompts; the empty prompt is the null condition.
 
-    Before the words stands their sum, to which it adds what they say together. Begun from nothing,
-    the whole prompt would say nothing until attention has learned to gather it.
+    Before the words stands their sum, to which the layers add what they say together.
     """
 
     def __init__(self, config: TextDiffusionConfig) -> None:

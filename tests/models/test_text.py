@@ -82,6 +82,18 @@ def test_places_without_a_word_say_nothing() -> None:
     assert torch.equal(encoded[1], encoded[1, :1].expand(78, -1))
 
 
+def test_the_whole_prompt_begins_as_the_sum_of_its_words() -> None:
+    """Of two words, with no layers between: whatever the prompt's length, of the size of one."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(CONFIG).eval()
+    encoder.layers.layers = torch.nn.ModuleList()
+    with torch.no_grad():
+        encoder.positions.zero_()
+        said = encoder(["left lung"])[0, 0]
+        words = encoder.words.weight[[vocabulary()["left"], vocabulary()["lung"]]]
+        torch.testing.assert_close(said, encoder.norm(words.sum(dim=0) / 2**0.5))
+
+
 def test_sizes_begin_in_their_order() -> None:
     encoder = TextEncoder(TextDiffusionConfig.model_validate({"autoencoder": "unused"}))
     rows = encoder.words.weight[[vocabulary()[str(mm)] for mm in (4, 5, 8, 16, 32)]]

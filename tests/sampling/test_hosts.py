@@ -71,6 +71,7 @@ def test_the_mean_of_a_tissue_is_that_of_training_patients_within_the_window() -
     attributes = {
         "intensity": "hu",
         "cases": ["case"],
+        "parent_snapshot": "none",
         "fingerprint": "f" * 12,
         "settings": {},
         "pixel_mm": 1.0,

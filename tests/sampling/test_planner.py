@@ -281,6 +281,14 @@ def test_the_first_samples_of_a_cohort_have_its_shares_already() -> None:
     assert 1 not in textures
 
 
+def test_shares_need_not_sum_up_to_one_in_floating_point() -> None:
+    asked = {"non_solid": 0.3, "part_solid": 0.35, "solid": 0.35}
+    assert sum(asked.values()) != 1
+    recipe = _text_recipe(f"sampling.cohort={{texture: {asked}}}")
+    strata = plan_strata(recipe.sampling.cohort, 6.0)
+    assert strata.shares.sum() == pytest.approx(1)
+
+
 def test_a_cohort_that_cannot_be_had_is_refused() -> None:
     recipe = _text_recipe("sampling.cohort={diameter_mm: {below_6: 0.1}}")
     with pytest.raises(InputError, match=r"diameter_mm: 0\.1 below_6, but no LIDC nodule"):
