@@ -240,7 +240,7 @@ class _Drawer:
             hu, measured, draws = self.sampler.draw_until_found(drawn)
         else:
             # They show what the network does by itself: nothing of them is sorted out.
-            hu = self._without_redrawing(unit, drawn)
+            hu = self._draw_once(unit, drawn)
             # Exchanged requests lend a hole its filling; around it each slice stays its own.
             for image, one in zip(hu, asked, strict=True):
                 paste_known(image, one.condition)
@@ -265,12 +265,13 @@ class _Drawer:
         }
         write_rows(open_group(root, f"synthetic/{unit.run}"), unit.first_row, arrays)
 
-    def _without_redrawing(self, unit: Unit, drawn: Sequence[PlannedSample]) -> NDArray[np.int16]:
+    def _draw_once(self, unit: Unit, drawn: Sequence[PlannedSample]) -> NDArray[np.int16]:
         if unit.role != "constant":
             untrained, scale = unit.role == "untrained", unit.guidance_scale
             return self.sampler.draw(drawn, untrained=untrained, guidance_scale=scale)
         assert self.tissue_means is not None
-        return self.tissue_means[np.stack([one.condition.layout for one in drawn])]
+        shape = (self.sampler.facts.samples.size,) * 2
+        return np.stack([self.tissue_means[_layout(one.condition, shape)] for one in drawn])
 
 
 def _sample_set(config: ExperimentConfig) -> SampleSet:

@@ -200,9 +200,9 @@ def test_models_of_greys_are_trained_and_drawn(tmp_path: Path) -> None:
     ]
     for verb in ("ingest", "shard", "train"):
         run(verb, "lidc_slices_kl", tmp_path, *few)
-    run("encode", "lidc_slices_attributes", tmp_path, *few)
+    run("shard", "lidc_slices_text", tmp_path, *few)
     for name in ("lidc_slices_attributes", "lidc_slices_text"):
-        for verb in ("train", "synthesize"):
+        for verb in ("encode", "train", "synthesize"):
             run(verb, name, tmp_path, *few)
         card = (tmp_path / "bundles" / name / "card.md").read_text()
         assert "NOT Hounsfield units" in card
