@@ -7,7 +7,8 @@ with other noise in 1,000 steps: the reference. KID to it is that of whole slice
 with the first noise have, and its 95 % interval, is what nothing but chance makes; a solver is as
 good where its KID is not above that interval. All ways run on one thread, one after the other;
 processor seconds, decoding included. Needs what `make demo` leaves, or another recipe's store and
-bundle. Prints a table and a line of JSON; exits 1 unless a solver as good is 12 times as fast.
+bundle; takes three quarters of an hour for the demo. Prints a table and a line of JSON; exits 1
+unless a solver as good is 12 times as fast.
 """
 
 from __future__ import annotations
