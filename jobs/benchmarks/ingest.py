@@ -77,8 +77,7 @@ def main(arguments: list[str]) -> int:
         )
         if options.large:
             return _report_large(facts, _measure("raysynth ingest", scans, Path(folder, "out")))
-        ways = [way for way in WAYS if any(word in way for word in ("raysynth", *options.only))]
-        return _compare(scans, Path(folder), ways, options.repeats, facts)
+        return _compare(scans, Path(folder), _chosen(options.only), options.repeats, facts)
 
 
 # Scans
@@ -454,11 +453,16 @@ def _measure(way: str, scans: Path, out: Path) -> Run:
     return Run(wall_s, sum(watch.cpu_s.values()), watch.all_mib, watch.one_mib, told)
 
 
+def _chosen(only: list[str]) -> list[str]:
+    """Our ways, and the installed ones of peers whose name has one of the words."""
+    absent = [] if importlib.util.find_spec("dicom2nifti") else ["dicom2nifti .nii.gz"]
+    named = (way for way in WAYS if any(word in way for word in ("raysynth", *only)))
+    return [way for way in named if way not in absent]
+
+
 def _compare(
     scans: Path, folder: Path, ways: list[str], repeats: int, facts: dict[str, Any]
 ) -> int:
-    if not importlib.util.find_spec("dicom2nifti"):
-        ways = [way for way in ways if "dicom2nifti" not in way]
     for name, measure in FLOORS.items():
         (folder / name).mkdir()
         facts |= measure(scans, folder / name)

@@ -19,10 +19,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.benchmarks.ratios import facts_of_run
 from raysynth.config import ExperimentConfig, load_recipe
 from raysynth.config.sampling import SamplerName
 from raysynth.evaluation.intervals import Arm, Interval, subsample_interval
@@ -62,6 +64,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--samples", type=int, default=128)
     options = parser.parse_args(arguments)
+    facts = facts_of_run("torch")
     config = load_recipe(options.recipe, options.set)
     samples = SampleSet(open_group(open_root(config.store_url), f"samples/{config.slices.name}"))
     plan = plan_run_samples(config, samples)[: options.samples]
@@ -77,7 +80,8 @@ def main(arguments: list[str]) -> int:
         interval = subsample_interval(cubic_mmd2, reference, drawn, kid, 200, seed=0)
         ways.append(Way(f"{name} {steps}", seconds, kid, interval))
         print(f"{name} {steps}: {seconds:.1f} s", file=sys.stderr, flush=True)
-    return _report(ways, {"samples": len(plan), "recipe": config.name, "extractor": extract.name})
+    facts |= {"samples": len(plan), "recipe": config.name, "extractor": extract.name}
+    return _report(ways, facts)
 
 
 def _draw(
@@ -93,7 +97,7 @@ def _draw(
     return hu, time.process_time() - started
 
 
-def _report(ways: Sequence[Way], facts: dict[str, object]) -> int:
+def _report(ways: Sequence[Way], facts: dict[str, Any]) -> int:
     chance, peer = ways[0].interval[1], ways[1].seconds
     print(f"{'way':20s}{'s':>9s}{'times':>8s}   KID to 1,000 steps with other noise")
     best = 0.0

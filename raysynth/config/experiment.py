@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -23,12 +23,14 @@ from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
 from raysynth.errors import InputError
 
-UNTRAINED, SHUFFLED, CONSTANT = "_untrained", "_shuffled", "_constant"
-"""Runs drawn beside a recipe's own, to compare: with fresh weights, with requests exchanged, and of
-holes with the mean of each tissue."""
+Control = Literal["untrained", "shuffled", "constant"]
+"""A run drawn beside a recipe's own, to compare: with fresh weights, with requests exchanged, or
+with holes filled by each tissue's mean."""
 
-DRAWN_BESIDE = re.compile(rf"({UNTRAINED}|{SHUFFLED}|{CONSTANT}|_scale_[0-9.]+)$")
-"""How those end, and runs at one of `evaluation.guidance_scales`."""
+CONTROLS: tuple[Control, ...] = get_args(Control)
+
+DRAWN_BESIDE = re.compile(rf"_({'|'.join(CONTROLS)}|scale_[0-9.]+)$")
+"""How the names of controls end, and of runs at one of `evaluation.guidance_scales`."""
 
 
 class ExperimentConfig(Section):
@@ -67,6 +69,10 @@ class ExperimentConfig(Section):
         """The autoencoder bundle of a latent model."""
         assert isinstance(self.model, OfLatents)
         return self.work_dir / self.model.autoencoder
+
+    def control_name(self, control: Control) -> str:
+        """The run that is drawn as one of the controls."""
+        return f"{self.name}_{control}"
 
     def swept_name(self, guidance_scale: float) -> str:
         """The run that is drawn at one of `evaluation.guidance_scales`."""

@@ -33,6 +33,13 @@ from raysynth.store.repository import open_root
 METRIC = "fid"
 """What the table shows of every region; the JSON files of the recipes have all."""
 
+REFERENCES = {
+    "floor": "floor: other patients",
+    "neighbour": "floor: neighbouring slices",
+    "constant": "no network: tissue means",
+}
+"""Columns beside the recipes; the last two are of models that fill holes."""
+
 PAGE, FIGURES = "compare.html", "compare.json"
 
 
@@ -170,23 +177,19 @@ def distances(contenders: Sequence[Contender]) -> list[list[str]]:
     """Heading, and a row for each region: every recipe beside what real slices reach."""
     keys = _shared_keys(contenders)
     metrics = contenders[0].metrics
-    floors = {
-        "floor": "floor: other patients",
-        "neighbour": "floor: neighbouring slices",
-        "constant": "no network: tissue means",
-    }
-    floors = {
+    references = {
         name: text
-        for name, text in floors.items()
+        for name, text in REFERENCES.items()
         if name == "floor" or any(metrics[key].get(name) is not None for key in keys)
     }
-    heading = [f"{METRIC.upper()} of", "N", *(one.name for one in contenders), *floors.values()]
+    heading = [f"{METRIC.upper()} of", "N", *(one.name for one in contenders)]
+    heading += references.values()
     rows = [
         [
             _region(key),
             f"{metrics[key]['n']}",
             *(_cell(one.metrics[key], "value") for one in contenders),
-            *(_cell(metrics[key], floor) for floor in floors),
+            *(_cell(metrics[key], reference) for reference in references),
         ]
         for key in keys
     ]

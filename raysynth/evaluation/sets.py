@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from raysynth.condition import Box
 from raysynth.config import EvaluationConfig, ExperimentConfig
+from raysynth.config.experiment import CONTROLS
 from raysynth.config.sampling import DRAWING
 from raysynth.errors import InputError
 from raysynth.evaluation.measure import Measures
@@ -24,7 +25,6 @@ from raysynth.store.reader import SampleSet, case_attrs, open_group
 from raysynth.window import measurable
 from storage_schema.v1 import SPLITS
 
-CONTROLS = ("untrained", "shuffled", "constant")
 MAX_SAMPLES = 50_000
 """Samples measured of a set, whole shards at random: features of all regions stay in memory, 4 kB a
 sample with `ct-conv` and 27 kB with Inception."""
@@ -40,7 +40,7 @@ def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet
         "synthetic": SampleSet(open_group(root, f"synthetic/{config.name}")),
     }
     for control in CONTROLS:
-        group = root.get(f"synthetic/{config.name}_{control}")
+        group = root.get(f"synthetic/{config.control_name(control)}")
         if isinstance(group, zarr.Group) and config.evaluation.controls:
             sets[control] = SampleSet(group)
     real, synthetic = sets["real"], sets["synthetic"]

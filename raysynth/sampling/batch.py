@@ -17,7 +17,7 @@ from raysynth import __version__
 from raysynth.case import CONDITION_ATTRIBUTES, Label
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig, HoleFilling, SamplingConfig
-from raysynth.config.experiment import CONSTANT, SHUFFLED, UNTRAINED
+from raysynth.config.experiment import Control
 from raysynth.config.sampling import DRAWING
 from raysynth.data.units import write_units
 from raysynth.errors import InputError
@@ -94,7 +94,7 @@ def synthesize(config: ExperimentConfig) -> SynthesisSummary:
 Plan = list[tuple[PlannedSample, PlannedSample]]
 """For every sample what it is drawn under, and what it is recorded as."""
 
-Role = Literal["own", "untrained", "shuffled", "constant", "swept"]
+Role = Literal["own", "swept"] | Control
 
 
 @dataclass(frozen=True)
@@ -156,16 +156,17 @@ def _own_runs(
 ) -> list[Run]:
     scale = config.sampling.guidance_scale
     runs = [Run(config.name, "own", scale, mark, list(zip(asked, asked, strict=True)))]
-    if config.evaluation.controls:
-        few = asked[:count]
-        plan = list(zip(few, few, strict=True))
-        runs.append(Run(config.name + UNTRAINED, "untrained", scale, mark, plan))
-        if len(few) > 1:
-            plan = list(zip(shuffle_conditions(few), few, strict=True))
-            runs.append(Run(config.name + SHUFFLED, "shuffled", scale, mark, plan))
-        if isinstance(config.model, HoleFilling):
-            plan = list(zip(few, few, strict=True))
-            runs.append(Run(config.name + CONSTANT, "constant", scale, mark, plan))
+    if not config.evaluation.controls:
+        return runs
+    few = asked[:count]
+    same = list(zip(few, few, strict=True))
+    controls: dict[Control, Plan] = {"untrained": same}
+    if len(few) > 1:
+        controls["shuffled"] = list(zip(shuffle_conditions(few), few, strict=True))
+    if isinstance(config.model, HoleFilling):
+        controls["constant"] = same
+    for control, plan in controls.items():
+        runs.append(Run(config.control_name(control), control, scale, mark, plan))
     return runs
 
 
@@ -190,7 +191,8 @@ def _write(
                 lambda root: _declare(root, runs, samples, attributes), f"{names} planned"
             )
         means = None
-        if isinstance(config.model, HoleFilling):
+        if any(run.role == "constant" for run in runs):
+            assert isinstance(config.model, HoleFilling)
             means = tissue_means(samples, config.model.window_hu)
         drawn = sum(len(unit.plan) for key, unit in units.items() if key not in writing.completed)
         write_units(

@@ -136,7 +136,9 @@ def tissue_means(samples: SampleSet, window_hu: Window) -> NDArray[np.int16]:
     for shard in rng.permutation(samples.num_shards):
         start, stop = samples.shard_rows(int(shard))
         learned = samples.index["split"][start:stop] == SPLITS.index("train")
-        if read >= MAX_MEAN_SLICES or not learned.any():
+        if read >= MAX_MEAN_SLICES:
+            break
+        if not learned.any():
             continue
         labels = samples.read("layout", start, stop)[learned].ravel()
         hu = np.clip(samples.read("hu", start, stop)[learned].ravel(), *window_hu)

@@ -291,7 +291,7 @@ def test_recipes_have_plain_names(tmp_path: Path, place: Callable[[str], dict[st
             assert SAFE.fullmatch(found.name)
             assert SAFE.fullmatch(found.data.samples.name)
             assert found.bundle_path.parent == tmp_path / "work" / "bundles"
-        for control in ("_untrained", "_shuffled"):
+        for control in ("_untrained", "_shuffled", "_constant"):
             with pytest.raises(InputError):
                 parse_recipe(yaml.safe_dump(values | {"name": f"{name}{control}"}), name="x")
 

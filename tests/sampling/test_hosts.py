@@ -69,6 +69,7 @@ def test_the_mean_of_a_tissue_is_that_of_training_patients_within_the_window() -
     )
     root = zarr.create_group(zarr.storage.MemoryStore(), zarr_format=3)
     attributes = {
+        "kind": "slices",
         "intensity": "hu",
         "cases": ["case"],
         "parent_snapshot": "none",
@@ -79,7 +80,7 @@ def test_the_mean_of_a_tissue_is_that_of_training_patients_within_the_window() -
         "field_of_view_mm": 40.0,
     }
     spec = sample_set(len(hu), hu.shape[1:])
-    group = create_sample_set(root, "samples/slices", spec, attributes | {"kind": "slices"})
+    group = create_sample_set(root, "samples/slices", spec, attributes)
     set_index(group, {"split": split})
     write_rows(group, 0, {"hu": hu, "layout": layouts})
     means = tissue_means(SampleSet(group), (-100, 200))
