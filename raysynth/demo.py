@@ -83,7 +83,11 @@ def _summarize(
         "nodules": results["ingest"]["nodules"],
         "slices": results["shard"]["samples"],
         "stages": {name: {"seconds": value} for name, value in seconds.items()},
-        "metrics": evaluation["metrics"],
+        "metrics": {
+            key: {"value": one["value"], "interval": one["interval"], "n": one["n"]}
+            | {name: figure["value"] for name, figure in one["columns"].items()}
+            for key, one in evaluation["metrics"].items()
+        },
         "adherence": evaluation["adherence"],
         "indicative": evaluation["indicative"],
         "settings": config.shareable(),

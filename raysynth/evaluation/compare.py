@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -20,6 +20,7 @@ from raysynth.evaluation.report import (
     real_tiles,
     synthetic_tiles,
 )
+from raysynth.evaluation.scorecard import Line, card_table, figure_text
 from raysynth.models.bundle import load_bundle, read_facts
 from raysynth.progress import stage_seconds
 from raysynth.report.html import ComparisonPage, write_comparison
@@ -57,6 +58,7 @@ class Contender:
         metrics: by key; see `raysynth.evaluation.judge.MetricResult`.
         adherence: shares of boxes with a nodule, by set.
         fills: of models that fill holes, how they lie in their slices, by set.
+        scorecard: of its evaluation.
         notices: what a reader must know beside the figures.
     """
 
@@ -69,6 +71,7 @@ class Contender:
     metrics: dict[str, Any]
     adherence: dict[str, Any]
     fills: dict[str, Any]
+    scorecard: list[Line]
     notices: list[str]
 
 
@@ -131,6 +134,7 @@ def compare(configs: Sequence[ExperimentConfig]) -> Comparison:
             table=table(contenders),
             distances=distances(contenders),
             verdicts=verdicts,
+            scorecards={one.name: card_table(one.scorecard) for one in contenders},
             real=real_tiles(real),
             galleries={
                 one.name: synthetic_tiles(SampleSet(open_group(root, f"synthetic/{one.name}")))
@@ -180,7 +184,7 @@ def distances(contenders: Sequence[Contender]) -> list[list[str]]:
     references = {
         name: text
         for name, text in REFERENCES.items()
-        if name == "floor" or any(metrics[key].get(name) is not None for key in keys)
+        if name == "floor" or any(name in metrics[key]["columns"] for key in keys)
     }
     heading = [f"{METRIC.upper()} of", "N", *(one.name for one in contenders)]
     heading += references.values()
@@ -188,8 +192,8 @@ def distances(contenders: Sequence[Contender]) -> list[list[str]]:
         [
             _region(key),
             f"{metrics[key]['n']}",
-            *(_cell(one.metrics[key], "value") for one in contenders),
-            *(_cell(metrics[key], reference) for reference in references),
+            *(figure_text(one.metrics[key]) for one in contenders),
+            *(figure_text(metrics[key]["columns"].get(reference)) for reference in references),
         ]
         for key in keys
     ]
@@ -228,7 +232,7 @@ def _shared_keys(contenders: Sequence[Contender]) -> list[str]:
     best: dict[str, str] = {}
     for key in sorted(
         set.intersection(*keys),
-        key=lambda key: (metrics[key].get("neighbour") is not None, int(key.split("/")[-1])),
+        key=lambda key: ("neighbour" in metrics[key]["columns"], int(key.split("/")[-1])),
     ):
         best[key.rpartition("/")[0]] = key
     return sorted(best.values(), key=lambda key: (f"/{GENERATED}" not in key, key))
@@ -236,17 +240,6 @@ def _shared_keys(contenders: Sequence[Contender]) -> list[str]:
 
 def _region(key: str) -> str:
     return key.split("/")[2].replace("_", " ")
-
-
-def _cell(metric: Mapping[str, Any], column: str) -> str:
-    value = metric.get(column)
-    if value is None:
-        return "-"
-    interval = metric["interval" if column == "value" else f"{column}_interval"]
-    if interval is None:
-        return f"{value:.3g} (no interval)"
-    low, high = interval
-    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _contender(config: ExperimentConfig, samples: SampleSet) -> Contender:
@@ -276,6 +269,7 @@ def _contender(config: ExperimentConfig, samples: SampleSet) -> Contender:
         metrics=found["metrics"],
         adherence=found["adherence"],
         fills=found["fills"],
+        scorecard=[Line(**line) for line in found["scorecard"]],
         notices=found["notices"],
     )
 

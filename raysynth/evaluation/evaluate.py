@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raysynth.case import CONDITION_ATTRIBUTES
 from raysynth.config import ExperimentConfig, HoleFilling
@@ -34,24 +33,23 @@ from raysynth.evaluation.consistency import (
     of_requests,
     train_judges,
 )
-from raysynth.evaluation.fills import (
-    FillQuality,
-    fill_quality,
-    next_to,
-    read_holes,
-    with_generated,
-)
-from raysynth.evaluation.intervals import Arm
-from raysynth.evaluation.judge import Arms, MetricResult, judge
+from raysynth.evaluation.distances import judge_places
+from raysynth.evaluation.fills import FillQuality, fill_quality, read_holes
+from raysynth.evaluation.judge import MetricResult
 from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place, told
 from raysynth.evaluation.notices import notices_of
-from raysynth.evaluation.sets import measure_sets, open_sets, patients_of
+from raysynth.evaluation.references import measure_pasted
+from raysynth.evaluation.sensitivity import Sensitivity, sensitivity, standing
+from raysynth.evaluation.sets import are_phantoms, measure_sets, open_sets, patients_of
+from raysynth.evaluation.strata import Stratum, strata
 from raysynth.evaluation.sweep import Sweep, open_scales, sweep
 from raysynth.metrics.features import load_extractor
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.splits import is_indicative
 from storage_schema.v1 import SPLITS
+
+TEST = SPLITS.index("test")
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +61,9 @@ class EvaluationSummary:
     Attributes:
         name: of the synthetic run.
         metrics: by key `metric/space/region/extractor@version/N`.
+        standing: what each is worth, by the same keys.
+        sensitivity: how metrics answer to patients made worse, by their keys without N.
+        strata: of nodules, the worst first.
         adherence: share of boxes with a nodule, by set (`synthetic`, `real`, the controls) and, at
             chance level, by set + `_stray`.
         sizes: measured against requested diameters, by set.
@@ -86,6 +87,9 @@ class EvaluationSummary:
 
     name: str
     metrics: dict[str, MetricResult]
+    standing: dict[str, str]
+    sensitivity: dict[str, Sensitivity]
+    strata: list[Stratum]
     adherence: dict[str, FoundShare]
     sizes: dict[str, SizeAgreement]
     unrequested: dict[str, MeanCount]
@@ -121,7 +125,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     root = open_root(config.store_url, snapshot)
     sets, scales = open_sets(root, config), open_scales(config, root)
     patients = patients_of(root, sets)
-    is_reference = sets["real"].index["split"] == SPLITS.index("test")
+    is_reference = sets["real"].index["split"] == TEST
     fills, hole = {}, None
     if isinstance(config.model, HoleFilling):
         # The others are their neighbours: none may be on both sides.
@@ -136,12 +140,20 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     measures = measure_sets(sets, config, hole)
     intensity = sets["real"].attrs["intensity"]
     computed = {name: measured.compute() for name, measured in measures.items()}
+    if hole is None and config.evaluation.controls:
+        wanted = config.evaluation.num_control_samples or sets["synthetic"].count
+        pasted, hosts = measure_pasted(sets["real"], patients["real"], wanted, config.evaluation)
+        computed["copy_paste"], patients["copy_paste"] = pasted.compute(), hosts
     shown = {name: told(found, intensity) for name, found in computed.items()}
-    metrics = _judge(shown, sets, patients, is_reference, config)
+    metrics = judge_places(shown, sets, patients, is_reference, config)
     counts = {
         "real": len(np.unique(patients["real"])),
         "reference": len(np.unique(patients["real"][is_reference])),
     }
+    answers = sensitivity(
+        sets["real"], patients["real"], sets["real"].index["split"] == TEST, config.evaluation
+    )
+    phantoms = are_phantoms(root, sets["real"])
     judges = _score_judges(computed["real"], sets["real"])
     real = sets["real"], measures["real"]
     swept = sweep(config, root, scales, *real, is_reference, judges) if scales else None
@@ -150,6 +162,9 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     summary = EvaluationSummary(
         name=config.name,
         metrics=metrics,
+        standing={key: standing(key, answers, phantoms) for key in metrics},
+        sensitivity=answers,
+        strata=strata(root, shown, measures, sets, patients, is_reference, config),
         adherence={
             key: share
             for name, table in tables.items()
@@ -178,50 +193,6 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     )
     _write(summary, path)
     return summary
-
-
-def _judge(
-    computed: dict[str, Computed],
-    sets: dict[str, SampleSet],
-    patients: dict[str, NDArray[np.int64]],
-    is_reference: NDArray[np.bool_],
-    config: ExperimentConfig,
-) -> dict[str, MetricResult]:
-    """All metrics, one Ray task a region and extractor."""
-    import ray
-
-    fills = isinstance(config.model, HoleFilling)
-    if fills:
-        computed = computed | {"real": with_generated(computed["real"])}
-    elif (sets["synthetic"].index["box"] < 0).any():
-        computed = {
-            name: computed[name] | _by_nodule(computed[name], samples)
-            for name, samples in sets.items()
-        }
-
-    def arm(name: str, place: Place) -> Arm | None:
-        if place not in computed[name]:
-            return None
-        rows, features = computed[name][place]
-        return Arm(features, patients[name][rows])
-
-    task = ray.remote(num_cpus=1)(judge)
-    futures = []
-    for place, (rows, _) in computed["real"].items():
-        real = arm("real", place)
-        judged = {name: found for name in computed if (found := arm(name, place)) is not None}
-        judged.pop("real")
-        if real is None or "synthetic" not in judged:
-            continue
-        if fills:
-            judged["neighbour"] = real.take(next_to(rows, sets["real"], is_reference))
-        arms = Arms(real, real.take(is_reference[rows]), judged)
-        draws, seed = config.evaluation.num_bootstrap, config.seed
-        futures.append(task.remote(place, arms, draws, seed))
-    results: dict[str, MetricResult] = {}
-    for future in futures:
-        results.update(**ray.get(future))
-    return results
 
 
 def _cohort(
@@ -273,17 +244,6 @@ def _consistency(
             asked = sets[name].index["attributes"][rows]
             found[name] = of_requests(of_scores, features, asked, seed)
     return {name: agreements for name, agreements in sorted(found.items()) if agreements}
-
-
-def _by_nodule(computed: Computed, samples: SampleSet) -> Computed:
-    """Whole slices once more: those with a nodule (or asked for one), and the others."""
-    boxed = samples.index["box"][:, 0] >= 0
-    return {
-        (f"all_{kind}", extractor): (rows[mask[rows]], features[mask[rows]])
-        for (region, extractor), (rows, features) in computed.items()
-        for kind, mask in (("nodule", boxed), ("free", ~boxed))
-        if region == "all" and mask.any()
-    }
 
 
 def _write(summary: EvaluationSummary, path: Path) -> None:

@@ -129,16 +129,6 @@ def with_generated(computed: Computed) -> Computed:
     }
 
 
-def next_to(
-    rows: NDArray[np.int64], samples: SampleSet, is_reference: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Which of the rows are the slice after one of the reference's, of the same case."""
-    before = rows - 1
-    case = samples.index["case"]
-    same_case: NDArray[np.bool_] = np.isin(before, rows) & (case[before] == case[rows])
-    return same_case & is_reference[before]
-
-
 def _ratio(
     steps: NDArray[np.float64], patients: NDArray[np.int64]
 ) -> tuple[float | None, Interval | None]:

@@ -12,6 +12,7 @@ from raysynth.evaluation.intervals import (
     MIN_PATIENTS,
     Arm,
     Features,
+    Figure,
     Interval,
     Metric,
     patient_splits,
@@ -32,9 +33,6 @@ MAX_KERNEL_SAMPLES = 4096
 NUM_SPLITS = 40
 """Random patient splits behind a floor."""
 
-Column = tuple[float, Interval]
-NO_COLUMN = (None, None)
-
 
 @dataclass(frozen=True)
 class Arms:
@@ -43,14 +41,17 @@ class Arms:
     Attributes:
         real: every real sample, of all splits: the floor comes from them.
         reference: the real samples that others are judged by, the test split.
-        judged: `synthetic`, the controls `untrained` and `shuffled` where there are any, and for
-            models that fill holes the control `constant` and the real `neighbour`s of the
-            reference.
+        judged: `synthetic`, and what stands beside it where there is any: the controls `untrained`,
+            `shuffled` and `constant`, and real slices with another patient's nodule pasted in,
+            `copy_paste`.
+        neighbours: some of the reference, and the slices next to them: how near real slices come
+            that show almost the same; None: no slice has its neighbour in the set.
     """
 
     real: Arm
     reference: Arm
     judged: dict[str, Arm]
+    neighbours: tuple[Arm, Arm] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,16 @@ class MetricResult:
 
     Attributes:
         value: of the synthetic samples.
+        interval: of the value.
         n: samples on either side, for every column alike.
         dim: length of a feature vector.
-        floor: mean over patient-disjoint splits of the real samples; its interval is their spread,
-            None for too few patients to tell.
-        untrained: of samples of an untrained model.
-        shuffled: of samples drawn under each other's conditions.
-        constant: of holes filled with the mean of each tissue, without any model.
-        neighbour: of the slices next to the reference's own: how near real slices come to them.
-        disjoint: for each other column, whether its interval and the value's do not overlap.
+        columns: what stands beside the value, by name. `floor`: the mean over patient-disjoint
+            splits of the real samples; its interval is their spread, None for too few patients to
+            tell. `neighbour`: of the slices next to the reference's own. `copy_paste`: of real
+            slices with another patient's nodule pasted in, edge and all. `untrained`: of samples of
+            an untrained model. `shuffled`: of samples drawn under each other's conditions.
+            `constant`: of holes filled with the mean of each tissue, without any model.
+        disjoint: for each column with an interval, whether it and the value's do not overlap.
         resampled: what the value's interval draws of the reference, `patients` or `samples`.
         reference_patients: patients of the reference.
         limit: FID at infinitely many samples (FID_inf).
@@ -78,22 +80,19 @@ class MetricResult:
     interval: Interval
     n: int
     dim: int
-    floor: float | None
-    floor_interval: Interval | None
-    untrained: float | None
-    untrained_interval: Interval | None
-    shuffled: float | None
-    shuffled_interval: Interval | None
+    columns: dict[str, Figure]
     disjoint: dict[str, bool]
     resampled: str
     reference_patients: int
-    constant: float | None = None
-    constant_interval: Interval | None = None
-    neighbour: float | None = None
-    neighbour_interval: Interval | None = None
     limit: float | None = None
     subset_std: float | None = None
 
+
+PASTED = "copy_paste"
+"""The column of `Arms.judged` that may be too small for the size of all others."""
+
+OF_NEIGHBOURS = ("fid", "kid")
+"""What is computed once more where neighbouring slices are fewer than all else."""
 
 DISTANCES = ("fid", "kid", "mmd2", "mmd2_fixed")
 """All that are computed of features; of histograms it is `hu_w1` alone."""
@@ -104,8 +103,8 @@ def judge(
 ) -> dict[str, MetricResult]:
     """All metrics at one region by one extractor, by key.
 
-    Every column of a metric has the same number of samples N on both sides. Where controls have
-    fewer samples than the run, the run is judged at both sizes, and the larger has no controls.
+    Every column of a metric has the same number of samples N on both sides. Where controls, or
+    slices with a neighbour, are fewer than the run, the run is judged at their size, too.
 
     Args:
         place: region and extractor.
@@ -128,16 +127,20 @@ def judge(
         middle = sides[len(sides) // 2]
         if middle >= MIN_SAMPLES:
             largest = min(largest, middle)
-    common = min(largest, *(len(arm) for arm in arms.judged.values()))
+    common = min(largest, *(len(arm) for name, arm in arms.judged.items() if name != PASTED))
+    pairs = 0 if arms.neighbours is None else len(arms.neighbours[0])
     results: dict[str, MetricResult] = {}
-    for size in sorted({common, largest}):
-        names = [name for name, arm in arms.judged.items() if len(arm) >= size]
-        judged = {name: arms.judged[name] for name in names}
-        if size >= MIN_SAMPLES:
-            # Of two results at the same drawn-down size, the one with controls stays.
-            at_size = Arms(arms.real, arms.reference, judged)
-            found = _judge_at(place, size, at_size, splits, num_draws, seed, distances)
-            results = found | results
+    for size in sorted({common, largest, min(pairs, common)}):
+        if size < MIN_SAMPLES:
+            continue
+        beside = {name: arm for name, arm in arms.judged.items() if len(arm) >= size}
+        asked = distances
+        if size < common:  # for the neighbours' sake: what else is known has a larger N
+            beside = {"synthetic": arms.judged["synthetic"]}
+            asked = [name for name in distances if name in OF_NEIGHBOURS]
+        at_size = Arms(arms.real, arms.reference, beside, arms.neighbours)
+        # Of two results at the same drawn-down size, the one with controls stays.
+        results = _judge_at(place, size, at_size, splits, num_draws, seed, asked) | results
     return results
 
 
@@ -165,56 +168,44 @@ def _result(
 ) -> MetricResult:
     """One metric at N samples a side."""
     reference = arms.reference.draw(n, np.random.default_rng(seed))
-    metric = _metric(name, reference.features)
-    columns: dict[str, Column] = {}
-    for column, arm in arms.judged.items():
-        drawn = arm.draw(n, np.random.default_rng(seed))
-        value = metric(reference.features, drawn.features)
-        interval = subsample_interval(metric, reference, drawn, value, num_draws, seed)
-        columns[column] = value, interval
-    rng = np.random.default_rng(seed)
-    floors = [
-        metric(
-            arms.real.take(split).draw(n, rng).features,
-            arms.real.take(~split).draw(n, rng).features,
+    metric = distance_of(name, reference.features)
+
+    def figure(real: Arm, other: Arm) -> Figure:
+        value = metric(real.features, other.features)
+        interval = subsample_interval(metric, real, other, value, num_draws, seed)
+        return Figure(value, interval)
+
+    drawn = {
+        column: arm.draw(n, np.random.default_rng(seed)) for column, arm in arms.judged.items()
+    }
+    synthetic = drawn.pop("synthetic")
+    own = figure(reference, synthetic)
+    columns = {column: figure(reference, arm) for column, arm in drawn.items()}
+    if arms.neighbours is not None and len(arms.neighbours[0]) >= n:
+        # Both sides are drawn alike: who is drawn, is drawn with the slice beside it.
+        columns["neighbour"] = figure(
+            *(side.draw(n, np.random.default_rng(seed)) for side in arms.neighbours)
         )
-        for split in splits
-        if _smaller_side(split) >= n
-    ]
-    floor = float(np.mean(floors)) if floors else None
-    floor_interval = None
-    if floors and len(np.unique(arms.real.patients)) >= MIN_PATIENTS:  # else few ways to split
-        low, high = np.quantile(floors, (0.025, 0.975))
-        floor_interval = float(low), float(high)
-        columns["floor"] = float(np.mean(floors)), floor_interval
-    value, interval = columns.pop("synthetic")
-    synthetic = arms.judged["synthetic"].draw(n, np.random.default_rng(seed)).features
-    limit = subset_std = None
+    if (floor := _floor(metric, n, arms.real, splits, seed)) is not None:
+        columns["floor"] = floor
+    value, limit, subset_std = own.value, None, None
     if name == "fid" and n > MIN_SAMPLES:
-        limit = frechet_limit(reference.features, synthetic, seed).value
+        limit = frechet_limit(reference.features, synthetic.features, seed).value
     if name == "kid":
-        kid = kernel_distance(reference.features, synthetic)
+        kid = kernel_distance(reference.features, synthetic.features)
         value, subset_std = kid.mean, kid.std
-    untrained, untrained_interval = columns.get("untrained", NO_COLUMN)
-    shuffled, shuffled_interval = columns.get("shuffled", NO_COLUMN)
-    constant, constant_interval = columns.get("constant", NO_COLUMN)
-    neighbour, neighbour_interval = columns.get("neighbour", NO_COLUMN)
+    assert own.interval is not None
     return MetricResult(
         value=value,
-        interval=interval,
+        interval=own.interval,
         n=n,
         dim=reference.features.shape[1],
-        floor=floor,
-        floor_interval=floor_interval,
-        untrained=untrained,
-        untrained_interval=untrained_interval,
-        shuffled=shuffled,
-        shuffled_interval=shuffled_interval,
-        constant=constant,
-        constant_interval=constant_interval,
-        neighbour=neighbour,
-        neighbour_interval=neighbour_interval,
-        disjoint={column: _disjoint(interval, other) for column, (_, other) in columns.items()},
+        columns=columns,
+        disjoint={
+            column: disjoint(own.interval, one.interval)
+            for column, one in columns.items()
+            if one.interval is not None
+        },
         resampled=reference.resampled,
         reference_patients=len(np.unique(reference.patients)),
         limit=limit,
@@ -222,7 +213,27 @@ def _result(
     )
 
 
-def _metric(name: str, reference: Features) -> Metric:
+def _floor(
+    metric: Metric, n: int, real: Arm, splits: list[NDArray[np.bool_]], seed: int
+) -> Figure | None:
+    """The metric of real samples against those of other patients; None: too few of them."""
+    rng = np.random.default_rng(seed)
+    floors = [
+        metric(real.take(split).draw(n, rng).features, real.take(~split).draw(n, rng).features)
+        for split in splits
+        if _smaller_side(split) >= n
+    ]
+    if not floors:
+        return None
+    mean = float(np.mean(floors))
+    if len(np.unique(real.patients)) < MIN_PATIENTS:  # too few ways to split
+        return Figure(mean, None)
+    low, high = np.quantile(floors, (0.025, 0.975))
+    return Figure(mean, (float(low), float(high)))
+
+
+def distance_of(name: str, reference: Features) -> Metric:
+    """A distance by its name, as figures of one reference are computed."""
     match name:
         case "fid":
             return frechet_distance_of
@@ -245,5 +256,6 @@ def _smaller_side(split: NDArray[np.bool_]) -> int:
     return min(inside, len(split) - inside)
 
 
-def _disjoint(one: Interval, other: Interval) -> bool:
+def disjoint(one: Interval, other: Interval) -> bool:
+    """Whether two intervals have nothing in common."""
     return one[1] < other[0] or other[1] < one[0]

@@ -61,8 +61,12 @@ def limits(
         texts["denoising"] = (
             f"between the last two pictures pixels still move by {amount(moved)} on average."
         )
-    known = [result for result in found["metrics"].values() if result["floor_interval"]]
-    above = [one for one in known if one["disjoint"]["floor"] and one["value"] > one["floor"]]
+    known = [one for one in found["metrics"].values() if "floor" in one["disjoint"]]
+    above = [
+        one
+        for one in known
+        if one["disjoint"]["floor"] and one["value"] > one["columns"]["floor"]["value"]
+    ]
     texts["metrics"] = (
         f"{len(above)} of {len(known)} distances lie above their floor with disjoint intervals."
         if known

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.case import LUNG_LABELS, Intensity
+from raysynth.case import LUNG_LABELS, Intensity, Label
 from raysynth.condition import Box
 from raysynth.evaluation.regions import cut_regions
 from raysynth.layout.morphology import Mask
@@ -34,8 +34,10 @@ ADHERENCE_COLUMNS = (
     "measured_mm",
     "offset_mm",
     "stray_found",
+    "lung",
 )
-"""Of a slice with a box; `stray_found` is NaN where no stray box fitted."""
+"""Of a slice with a box; `stray_found` is NaN where no stray box fitted. `lung` is the label of the
+lung around the box, 0 where the layout shows none."""
 
 Place = tuple[str, str]
 """A region (or tissue) and an extractor."""
@@ -153,7 +155,20 @@ def _adherence(
         there.diameter_mm,
         there.offset_mm,
         np.nan if elsewhere is None else elsewhere.found,
+        _lung_around(layout, box),
     ]
+
+
+def _lung_around(layout: NDArray[np.uint8], box: Box) -> int:
+    """The lung with most pixels in three times the box; 0: none."""
+    y0, x0, y1, x1 = box
+    height, width = y1 - y0, x1 - x0
+    around = layout[max(0, y0 - height) : y1 + height, max(0, x0 - width) : x1 + width]
+    counts = np.bincount(around.ravel(), minlength=Label.RIGHT_LUNG + 1)
+    left, right = counts[Label.LEFT_LUNG], counts[Label.RIGHT_LUNG]
+    if not left + right:
+        return 0
+    return int(Label.LEFT_LUNG if left >= right else Label.RIGHT_LUNG)
 
 
 def _box(values: NDArray[np.int16]) -> Box | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from raysynth.condition import Box, Condition
 from raysynth.config import ExperimentConfig, Gan, HoleFilling, OfLatents
 from raysynth.config.model import Window
 from raysynth.evaluation.limits import detail, limits
+from raysynth.evaluation.scorecard import card_table, figure_text, headline, scorecard
 from raysynth.evaluation.sweep_report import sweep_section
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION, BundleFacts
@@ -48,6 +50,16 @@ MAX_NODULES = 12
 NODULE_VIEW_MM = 60.0
 """Side of the native-resolution pictures of real nodules."""
 
+COLUMNS = {
+    "floor": "floor",
+    "neighbour": "neighbouring slices",
+    "copy_paste": "pasted nodules",
+    "shuffled": "shuffled conditions",
+    "constant": "tissue means",
+    "untrained": "untrained",
+}
+"""What stands beside a metric, in this order, and how it is called."""
+
 SHOWN_METRICS = ("fid", "kid")
 """Metrics with a chart; the table has all."""
 
@@ -62,9 +74,16 @@ NAMES = {
 
 
 def report(config: ExperimentConfig) -> Path:
-    """Writes `work_dir`/evaluation/`name`.html from the store, the bundles and the figures."""
+    """Writes `work_dir`/evaluation/`name`.html from the store, the bundles and the figures.
+
+    The scorecard goes into the figures' JSON file, too: what is known of usefulness and privacy by
+    now stands on it.
+    """
     path = config.work_dir / "evaluation" / f"{config.name}.json"
     found = json.loads(path.read_text(encoding="utf-8"))
+    card = scorecard(found, path.parent)
+    found["scorecard"] = [asdict(line) for line in card]
+    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
     root = open_root(config.store_url, found["snapshot"])
     real = SampleSet(open_group(root, f"samples/{config.slices.name}"))
     synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))
@@ -84,7 +103,14 @@ def report(config: ExperimentConfig) -> Path:
             real=real_tiles(real),
             synthetic=synthetic_tiles(synthetic),
             denoising=frames,
-            metrics=[metric_row(key, result) for key, result in found["metrics"].items()],
+            headline=headline(card),
+            scorecard=card_table(card),
+            metrics=[
+                metric_row(key, result, found["standing"][key])
+                for key, result in found["metrics"].items()
+            ],
+            strata=strata_table(found),
+            sensitivity=sensitivity_table(found),
             shown_metrics=SHOWN_METRICS,
             adherence={
                 text.format(reference): found_share(found["adherence"], name)
@@ -262,16 +288,55 @@ def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: Sampl
     ]
 
 
-def metric_row(key: str, result: dict[str, Any]) -> MetricRow:
+def metric_row(key: str, result: dict[str, Any], standing: str = "") -> MetricRow:
     """One metric as it stands in the evaluation's JSON, for the report."""
 
-    def entry(name: str) -> Estimate | None:
-        value, interval = result[name], result[f"{name}_interval"]
-        return None if value is None else (value, interval and tuple(interval))
+    def estimate(figure: dict[str, Any]) -> Estimate:
+        return figure["value"], figure["interval"] and tuple(figure["interval"])
 
-    value = (result["value"], tuple(result["interval"]))
-    columns = ("floor", "untrained", "shuffled", "constant", "neighbour")
-    return MetricRow(key, value, **{name: entry(name) for name in columns})
+    columns = {
+        text: estimate(result["columns"][name])
+        for name, text in COLUMNS.items()
+        if name in result["columns"]
+    }
+    return MetricRow(key, estimate(result), columns, standing)
+
+
+def strata_table(found: dict[str, Any]) -> list[list[str]]:
+    """Heading and rows, the worst kind of nodule first; nothing where there are no nodules."""
+    rows = []
+    for one in found["strata"]:
+        distance, floor = one["distance"], None
+        if distance is not None:
+            floor = distance["columns"].get("floor")
+        rows.append(
+            [
+                f"{one['factor'].replace('_', ' ')} {one['name'].replace('_', ' ')}",
+                f"{one['synthetic']}",
+                f"{one['reference']}",
+                figure_text(distance),
+                figure_text(floor),
+                found_share({"": one["found"]}, ""),
+            ]
+        )
+    heading = ["nodules", "synthetic", "real", "KID", "floor", "nodule found"]
+    return [heading, *rows] if rows else []
+
+
+def sensitivity_table(found: dict[str, Any]) -> list[list[str]]:
+    """Heading and a row for each metric: how it grows with each degradation."""
+    answers = found["sensitivity"]
+    kinds = list(dict.fromkeys(kind for one in answers.values() for kind in one["curves"]))
+    rows = [
+        [
+            key,
+            f"{one['n']}",
+            *(" → ".join(f"{v:.3g}" for v in one["curves"].get(kind, ())) or "-" for kind in kinds),
+            ", ".join(one["blind_to"]) or "grows with each",
+        ]
+        for key, one in answers.items()
+    ]
+    return [["metric", "N", *kinds, "blind to"], *rows] if rows else []
 
 
 def found_share(adherence: dict[str, Any], name: str) -> str:

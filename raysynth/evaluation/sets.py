@@ -104,6 +104,13 @@ def patients_of(root: zarr.Group, sets: Mapping[str, SampleSet]) -> dict[str, ND
     return patients
 
 
+def are_phantoms(root: zarr.Group, real: SampleSet) -> bool:
+    """Whether all patients of a sample set are phantoms."""
+    return {case_attrs(root, case).source.get("kind") for case in real.attrs["cases"]} == {
+        "phantom"
+    }
+
+
 def measure_sets(
     sets: Mapping[str, SampleSet], config: ExperimentConfig, hole: Mask | None = None
 ) -> dict[str, Measures]:
@@ -146,16 +153,20 @@ def _measure_shard(
         samples.read("layout", start, stop),
         samples.index["box"][start:stop],
         samples.pixel_mm,
-        _extractors(config.extractors, config.inception_weights),
+        load_extractors(config),
         strays,
         hole,
     )
     return measures
 
 
+def load_extractors(config: EvaluationConfig) -> tuple[Extractor, ...]:
+    """The recipe's extractors, loaded once a process: Ray's workers measure many shards."""
+    return _extractors(config.extractors, config.inception_weights)
+
+
 @lru_cache(maxsize=1)
 def _extractors(names: tuple[str, ...], weights: Path | None) -> tuple[Extractor, ...]:
-    """Loaded once a process: Ray's workers measure many shards."""
     return tuple(load_extractor(name, weights) for name in names)
 
 

@@ -237,9 +237,7 @@ def _distances(
         results = ray.get(future)
         found[name] = {key: Figure(one.value, one.interval) for key, one in results.items()}
         found["patients"] = {
-            key: Figure(one.floor, one.floor_interval)
-            for key, one in results.items()
-            if one.floor is not None
+            key: one.columns["floor"] for key, one in results.items() if "floor" in one.columns
         }
     return found
 

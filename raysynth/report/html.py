@@ -32,15 +32,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric beside its floor and its controls; `None` where there was none."""
+    """One metric, and what stands beside it, by heading."""
 
     key: str
     value: Estimate
-    floor: Estimate | None = None
-    untrained: Estimate | None = None
-    shuffled: Estimate | None = None
-    constant: Estimate | None = None
-    neighbour: Estimate | None = None
+    columns: Mapping[str, Estimate]
+    standing: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,12 @@ class ReportData:
     real: Sequence[Tile]
     synthetic: Sequence[Tile]
     denoising: Sequence[Tile]
+    headline: str
+    scorecard: Sequence[Sequence[str]]
     metrics: Sequence[MetricRow]
     shown_metrics: Sequence[str]
+    strata: Sequence[Sequence[str]]
+    sensitivity: Sequence[Sequence[str]]
     adherence: dict[str, str]
     requested_mm: NDArray[np.float64]
     measured_mm: NDArray[np.float64]
@@ -128,6 +129,7 @@ class ComparisonPage:
         table: what each recipe costs, heading and rows.
         distances: heading, and a row for each region.
         verdicts: a sentence for each pair of recipes.
+        scorecards: by recipe, heading and rows.
         real: held-out slices.
         galleries: slices by recipe.
         window_hu: of the pictures.
@@ -138,6 +140,7 @@ class ComparisonPage:
     table: Sequence[Sequence[str]]
     distances: Sequence[Sequence[str]]
     verdicts: Sequence[str]
+    scorecards: Mapping[str, Sequence[Sequence[str]]]
     real: Sequence[Tile]
     galleries: Mapping[str, Sequence[Tile]]
     window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
@@ -159,8 +162,7 @@ def write_report(data: ReportData, path: Path) -> None:
             for row in data.metrics
             if row.key.partition("/")[0] in data.shown_metrics
         ],
-        rows=[_row(row) for row in data.metrics],
-        with_neighbours=any(row.neighbour for row in data.metrics),
+        distances=_distances(data.metrics),
         losses=charts.loss_chart(data.losses) if data.losses else "",
         sizes=charts.size_chart(data.requested_mm, data.measured_mm),
         coverage=charts.coverage_chart(
@@ -236,36 +238,35 @@ def _tile(tile: Tile, window_hu: tuple[float, float]) -> dict[str, object]:
 
 
 def _metric_chart(row: MetricRow) -> str:
-    sets = {
-        "floor": row.floor,
-        "neighbouring slices": row.neighbour,
-        "synthetic": row.value,
-        "shuffled conditions": row.shuffled,
-        "tissue means": row.constant,
-        "untrained": row.untrained,
-    }
+    sets = {"synthetic": row.value, **row.columns}
     return charts.metric_chart(
-        row.key,
-        [(name, *entry, name == "synthetic") for name, entry in sets.items() if entry is not None],
+        row.key, [(name, *entry, name == "synthetic") for name, entry in sets.items()]
     )
 
 
-def _row(row: MetricRow) -> dict[str, str]:
-    def text(entry: Estimate | None) -> str:
-        if entry is None:
-            return "-"
-        value, interval = entry
-        return f"{value:.4g} " + ("(no interval)" if interval is None else _range(interval))
+def _distances(rows: Sequence[MetricRow]) -> list[list[str]]:
+    """Heading and rows of the table of all metrics."""
+    names = list(dict.fromkeys(name for row in rows for name in row.columns))
+    heading = ["metric / space / region / extractor / N", "synthetic", *names, "standing"]
+    return [
+        heading,
+        *(
+            [
+                row.key,
+                _text(row.value),
+                *(_text(row.columns.get(name)) for name in names),
+                row.standing,
+            ]
+            for row in rows
+        ),
+    ]
 
-    return {
-        "key": row.key,
-        "value": text(row.value),
-        "floor": text(row.floor),
-        "untrained": text(row.untrained),
-        "shuffled": text(row.shuffled),
-        "constant": text(row.constant),
-        "neighbour": text(row.neighbour),
-    }
+
+def _text(entry: Estimate | None) -> str:
+    if entry is None:
+        return "-"
+    value, interval = entry
+    return f"{value:.4g} " + ("(no interval)" if interval is None else _range(interval))
 
 
 def _range(interval: tuple[float, float]) -> str:

@@ -14,7 +14,7 @@ from raysynth.evaluation.measure import ADHERENCE_COLUMNS
 
 def _table() -> np.ndarray:
     """Ten boxes: eight found; of eight stray ones, one."""
-    table = np.zeros((10, 6), np.float32)
+    table = np.zeros((10, len(ADHERENCE_COLUMNS)), np.float32)
     table[:8, 0] = 1
     table[:, 2] = np.arange(5, 15)
     table[:, 3] = table[:, 2] + 1

@@ -16,15 +16,16 @@ def contender(name: str, **fids: tuple[float, float, float]) -> Contender:
             "value": value,
             "n": 64,
             "interval": (low, high),
-            "floor": 0.5,
-            "floor_interval": None if region == "all" else (0.25, 0.75),
+            "columns": {
+                "floor": {"value": 0.5, "interval": None if region == "all" else (0.25, 0.75)}
+            },
         }
         for region, (low, value, high) in fids.items()
     }
     share = {"found": 0.5, "interval": (0.4, 0.6), "n": 10}
     adherence = {"synthetic": share, "real": share}
     return Contender(
-        name, "semantic_diffusion", 1_500_000, 60, 0.125, 800, metrics, adherence, {}, []
+        name, "semantic_diffusion", 1_500_000, 60, 0.125, 800, metrics, adherence, {}, [], []
     )
 
 
@@ -33,7 +34,8 @@ def filler(name: str) -> Contender:
     (key,) = (key for key in one.metrics if "liver" in key)
     larger = key.replace("/64", "/80")
     one.metrics[larger] = one.metrics[key] | {"n": 80}
-    one.metrics[key] |= {"neighbour": 1.0, "neighbour_interval": (0.5, 1.5)}
+    near = {"neighbour": {"value": 1.0, "interval": (0.5, 1.5)}}
+    one.metrics[key] |= {"columns": one.metrics[key]["columns"] | near}
     quality = {"n": 9, "changed": 0, "known": 1234, "seam": 1.02, "seam_interval": (0.9, 1.1)}
     return replace(one, fills={"synthetic": quality, "shuffled": quality | {"seam": 3.0}})
 

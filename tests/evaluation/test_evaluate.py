@@ -197,23 +197,52 @@ def test_every_region_has_every_metric(summary: EvaluationSummary) -> None:
 
 
 def _of(summary: EvaluationSummary, start: str) -> Any:
-    (key,) = [key for key in summary.metrics if key.startswith(start)]
-    return summary.metrics[key]
+    found = [one for key, one in summary.metrics.items() if key.startswith(start)]
+    (full,) = [one for one in found if "untrained" in one.columns]
+    return full
 
 
 def test_the_perfect_model_is_near_the_floor_and_controls_are_not(
     summary: EvaluationSummary,
 ) -> None:
     everything = _of(summary, "kid/slice/all/")
-    assert everything.value < 0.2 * everything.untrained
+    assert everything.value < 0.2 * everything.columns["untrained"].value
     assert everything.disjoint["untrained"]
-    assert everything.floor_interval is not None
+    assert everything.columns["floor"].interval is not None
     # Shuffled requests change no slice as a whole, only what stands in the places asked for.
-    assert everything.shuffled == pytest.approx(everything.value, rel=0.2)
+    assert everything.columns["shuffled"].value == pytest.approx(everything.value, rel=0.2)
     for place in ("kid/slice/lung/", "hu_w1/slice/nodule/"):
-        assert _of(summary, place).value < 0.8 * _of(summary, place).shuffled, place
+        one = _of(summary, place)
+        assert one.value < 0.8 * one.columns["shuffled"].value, place
     nodule = _of(summary, "kid/slice/nodule16/")
-    assert nodule.value < 0.5 * nodule.untrained
+    assert nodule.value < 0.5 * nodule.columns["untrained"].value
+
+
+def test_figures_stand_beside_neighbours_and_pasted_nodules(summary: EvaluationSummary) -> None:
+    beside = {
+        name
+        for key, one in summary.metrics.items()
+        if "/all/ct-conv" in key
+        for name in one.columns
+    }
+    assert beside == {"floor", "untrained", "shuffled", "neighbour", "copy_paste"}
+    assert {"copy_paste", "floor"} < set(_of(summary, "kid/slice/nodule16/").columns)
+
+
+def test_every_figure_says_what_it_is_worth(summary: EvaluationSummary) -> None:
+    assert set(summary.standing.values()) == {"smoke test: phantoms"}
+    answers = summary.sensitivity
+    assert {key.split("/")[2] for key in answers} >= {"all", "lung"}
+    for key in ("fid/slice/all/ct-conv@1", "kid/slice/all/ct-conv@1"):
+        assert "shift" not in answers[key].blind_to, key
+
+
+def test_strata_come_worst_first(summary: EvaluationSummary) -> None:
+    assert {"diameter_mm", "texture", "lung", "zone"} <= {one.factor for one in summary.strata}
+    values = [one.distance.value for one in summary.strata if one.distance is not None]
+    assert values == sorted(values, reverse=True)
+    asked = sum(one.synthetic for one in summary.strata if one.factor == "texture")
+    assert asked == summary.adherence["synthetic"].n
 
 
 def test_adherence_has_a_ceiling_and_a_floor(summary: EvaluationSummary) -> None:

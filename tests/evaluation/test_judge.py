@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -53,12 +55,12 @@ def test_a_perfect_generator_is_at_the_floor_and_controls_are_not(
     results: dict[str, MetricResult],
 ) -> None:
     for key, result in results.items():
-        assert result.floor_interval is not None, key
-        low, high = result.floor_interval
+        floor = result.columns["floor"].interval
+        assert floor is not None, key
+        low, high = floor
         assert low - (high - low) <= result.value <= high + (high - low), key
-        assert result.shuffled is not None
-        assert result.untrained is not None
-        assert result.value < result.shuffled < result.untrained, key
+        beside = {name: column.value for name, column in result.columns.items()}
+        assert result.value < beside["shuffled"] < beside["untrained"], key
         assert result.disjoint == {"untrained": True, "shuffled": True, "floor": False}, key
         assert result.interval[0] <= result.value <= result.interval[1], key
 
@@ -70,15 +72,14 @@ def test_fid_is_the_plain_one_and_has_a_limit_below_it() -> None:
     assert result.value == pytest.approx(expected, rel=1e-12)
     assert result.limit is not None
     assert result.limit < result.value
-    assert result.untrained is None
-    assert result.untrained_interval is None
+    assert set(result.columns) == {"floor"}
 
 
 def test_fewer_control_samples_are_compared_at_their_own_number() -> None:
     few = _perfect().take(np.arange(30))
     results = judge(PLACE, _arms(synthetic=_perfect(), untrained=few), num_draws=10, seed=0)
-    assert results["fid/slice/all/ct-conv@1/30"].untrained is not None
-    assert results["fid/slice/all/ct-conv@1/80"].untrained is None
+    assert "untrained" in results["fid/slice/all/ct-conv@1/30"].columns
+    assert "untrained" not in results["fid/slice/all/ct-conv@1/80"].columns
 
 
 def test_the_same_inputs_give_the_same_figures() -> None:
@@ -92,7 +93,7 @@ def test_one_patient_a_side_still_works_and_two_samples_do_not() -> None:
     (fid, *_) = judge(PLACE, arms, num_draws=10, seed=0).values()
     assert fid.reference_patients == 1
     assert fid.resampled == "samples"
-    assert fid.floor is not None
+    assert fid.columns["floor"].interval is None
     arms = Arms(real, real.take(np.arange(2)), {"synthetic": _perfect()})
     assert judge(PLACE, arms, num_draws=10, seed=0) == {}
 
@@ -105,3 +106,14 @@ def test_histograms_are_judged_by_how_far_intensities_moved() -> None:
     arms = Arms(real, real.take(real.patients >= 8), {"synthetic": moved})
     results = judge(("lung", "histogram@1"), arms, num_draws=10, seed=0)
     assert results["hu_w1/slice/lung/histogram@1/80"].value == pytest.approx(70)
+
+
+def test_neighbours_are_compared_with_their_own_slices() -> None:
+    arms = _arms(synthetic=_perfect())
+    first = arms.reference.take(np.arange(0, 80, 2))
+    arms = replace(arms, neighbours=(first, _moved(first, 0.01)))
+    results = judge(PLACE, arms, num_draws=10, seed=0)
+    assert {result.n for result in results.values()} == {40, 80}
+    near = results["fid/slice/all/ct-conv@1/40"]
+    assert near.columns["neighbour"].value < 0.01 * near.columns["floor"].value
+    assert "neighbour" not in results["fid/slice/all/ct-conv@1/80"].columns

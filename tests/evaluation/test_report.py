@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raysynth.evaluation.intervals import Figure
 from raysynth.evaluation.judge import MetricResult
 from raysynth.evaluation.limits import limits
 from raysynth.evaluation.report import metric_row
@@ -29,7 +30,8 @@ def found(metrics: dict[str, Any], share: float | None = 0.75) -> dict[str, Any]
 def metric(value: float, floor: float | None, *, known: bool = True) -> dict[str, Any]:
     interval = (floor, floor) if known and floor is not None else None
     disjoint = {"floor": value > floor} if floor is not None and known else {}
-    return {"value": value, "floor": floor, "floor_interval": interval, "disjoint": disjoint}
+    columns = {} if floor is None else {"floor": {"value": floor, "interval": interval}}
+    return {"value": value, "columns": columns, "disjoint": disjoint}
 
 
 def test_only_floors_that_are_known_are_counted() -> None:
@@ -50,18 +52,14 @@ def test_a_row_has_what_is_known_of_few_patients() -> None:
         interval=(2.0, 4.0),
         n=8,
         dim=4,
-        floor=1.0,
-        floor_interval=None,
-        untrained=9.0,
-        untrained_interval=(8.0, 10.0),
-        shuffled=None,
-        shuffled_interval=None,
+        columns={"untrained": Figure(9.0, (8.0, 10.0)), "floor": Figure(1.0, None)},
         disjoint={"untrained": True},
         resampled="samples",
         reference_patients=2,
     )
     row = metric_row("fid", json.loads(json.dumps(asdict(few))))
-    assert row == MetricRow("fid", (3.0, (2.0, 4.0)), (1.0, None), (9.0, (8.0, 10.0)), None)
+    columns = {"floor": (1.0, None), "untrained": (9.0, (8.0, 10.0))}
+    assert row == MetricRow("fid", (3.0, (2.0, 4.0)), columns)
 
 
 def test_both_curves_are_spoken_of() -> None:

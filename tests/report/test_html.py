@@ -41,9 +41,13 @@ def _data() -> ReportData:
         real=[_tile("real one")],
         synthetic=[_tile("synthetic one")],
         denoising=[_tile("step 1")],
+        headline="no headline",
+        scorecard=[["", "verdict"], ["privacy", "not known"]],
+        strata=[["nodules", "KID"], ["texture 1", "0.75"]],
+        sensitivity=[["metric", "blur"], ["fid", "1 → 2"]],
         metrics=[
-            MetricRow("fid/slice/all/x@1/8", (2.0, (1.5, 2.5)), (1.0, (0.5, 1.5))),
-            MetricRow("fid/slice/lung/x@1/8", (2.25, (1.75, 2.5)), (0.125, None)),
+            MetricRow("fid/slice/all/x@1/8", (2.0, (1.5, 2.5)), {"floor": (1.0, (0.5, 1.5))}),
+            MetricRow("fid/slice/lung/x@1/8", (2.25, (1.75, 2.5)), {"floor": (0.125, None)}),
         ],
         shown_metrics=("fid",),
         adherence={"found": "50 %"},
@@ -90,6 +94,9 @@ def test_the_page_needs_nothing_from_outside_and_shows_everything(tmp_path: Path
         "made from nothing",
         "3 (chosen)",
         "Rule: the best.",
+        "no headline",
+        "texture 1",
+        "1 → 2",
     ):
         assert text in page
     assert page.count("<svg") >= 7
@@ -107,6 +114,7 @@ def test_a_comparison_shows_patients_and_recipes_in_the_window_of_the_models(
             table=[["recipe", "an image"], ["one", "0.1 s"]],
             distances=[["FID of", "one", "floor: neighbouring slices"], ["liver", "2", "1"]],
             verdicts=["one is closer"],
+            scorecards={"one": [["", "verdict"], ["privacy", "not known"]]},
             real=[_tile("a patient")],
             galleries={"one": [_tile("a drawing")]},
             window_hu=(-160, 240),
@@ -117,7 +125,7 @@ def test_a_comparison_shows_patients_and_recipes_in_the_window_of_the_models(
     assert "Window -160 to 240 HU" in page
     for text in ("all patients are phantoms", "a patient", "a drawing", "one is closer", "copied"):
         assert text in page
-    assert page.count("<table>") == 2
+    assert page.count("<table>") == 3
 
 
 def test_the_overlay_lies_on_its_pixels() -> None:

@@ -1,0 +1,88 @@
+"""Every distance of a synthetic run: which samples are compared with which, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysynth.config import ExperimentConfig, HoleFilling
+from raysynth.evaluation.fills import with_generated
+from raysynth.evaluation.intervals import Arm
+from raysynth.evaluation.judge import Arms, MetricResult, judge
+from raysynth.evaluation.measure import Computed, Place
+from raysynth.evaluation.references import neighbour_pairs, next_to
+from raysynth.store.reader import SampleSet
+
+
+def judge_places(
+    computed: Mapping[str, Computed],
+    sets: Mapping[str, SampleSet],
+    patients: Mapping[str, NDArray[np.int64]],
+    is_reference: NDArray[np.bool_],
+    config: ExperimentConfig,
+) -> dict[str, MetricResult]:
+    """All metrics of a run, one Ray task a region and extractor.
+
+    Args:
+        computed: features of `real`, `synthetic` and what stands beside it, by set.
+        sets: those of them that are in the store.
+        patients: number of each sample's patient, by set.
+        is_reference: real samples that others are judged by.
+        config: the recipe.
+
+    Returns:
+        By key `metric/space/region/extractor@version/N`.
+    """
+    import ray
+
+    fills = isinstance(config.model, HoleFilling)
+    shown = dict(computed)
+    if fills:
+        shown["real"] = with_generated(shown["real"])
+    elif (sets["synthetic"].index["box"] < 0).any():
+        shown = {
+            name: found | _by_nodule(found, sets[name]) if name in sets else found
+            for name, found in shown.items()
+        }
+        for (region, extractor), found in computed.get("copy_paste", {}).items():
+            if region == "all":
+                shown["copy_paste"] = shown["copy_paste"] | {("all_nodule", extractor): found}
+
+    def arm(name: str, place: Place) -> Arm:
+        rows, features = shown[name][place]
+        return Arm(features, patients[name][rows])
+
+    task = ray.remote(num_cpus=1)(judge)
+    futures = []
+    for place, (rows, _) in shown["real"].items():
+        judged = {
+            name: arm(name, place) for name in shown if name != "real" and place in shown[name]
+        }
+        if "synthetic" not in judged:
+            continue
+        real, neighbours = arm("real", place), None
+        if fills:
+            # The reference leaves these out, so they compare with it as everything else does.
+            judged["neighbour"] = real.take(next_to(rows, sets["real"], is_reference))
+        else:
+            first, after = neighbour_pairs(rows, sets["real"], is_reference)
+            neighbours = real.take(first), real.take(after)
+        arms = Arms(real, real.take(is_reference[rows]), judged, neighbours)
+        futures.append(task.remote(place, arms, config.evaluation.num_bootstrap, config.seed))
+    results: dict[str, MetricResult] = {}
+    for future in futures:
+        results.update(**ray.get(future))
+    return results
+
+
+def _by_nodule(computed: Computed, samples: SampleSet) -> Computed:
+    """Whole slices once more: those with a nodule (or asked for one), and the others."""
+    boxed = samples.index["box"][:, 0] >= 0
+    return {
+        (f"all_{kind}", extractor): (rows[mask[rows]], features[mask[rows]])
+        for (region, extractor), (rows, features) in computed.items()
+        for kind, mask in (("nodule", boxed), ("free", ~boxed))
+        if region == "all" and mask.any()
+    }

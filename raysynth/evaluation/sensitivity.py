@@ -1,0 +1,259 @@
+"""Does a metric see what it is trusted to see? Held-out patients, made worse by degrees.
+
+One half of the held-out patients is the reference, the other is blurred, made noisy, shifted in
+intensity, robbed of its nodules or of some of its modes. A metric that does not grow with each of
+these on real patients is no evidence of anything, so it gets into no headline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from raysynth.case import LUNG_LABELS, Label
+from raysynth.config import EvaluationConfig
+from raysynth.evaluation.judge import DISTANCES, MIN_SAMPLES, distance_of
+from raysynth.evaluation.measure import Computed, Place, told
+from raysynth.evaluation.regions import GENERATED, cut_regions
+from raysynth.evaluation.sets import load_extractors
+from raysynth.seeding import seed_of
+from raysynth.store.reader import SampleSet
+from raysynth.window import measurable
+
+MAX_SAMPLES = 128
+"""Of either half."""
+
+LEVELS: dict[str, tuple[float, ...]] = {
+    "blur": (0.5, 1.0, 2.0),
+    "noise": (25.0, 50.0, 100.0),
+    "shift": (25.0, 50.0, 100.0),
+    "removal": (1 / 3, 2 / 3, 1.0),
+    "mode dropping": (0.25, 0.5, 0.75),
+}
+"""Standard deviation of a Gaussian in pixels; of white noise, and an offset, in HU; the share of
+samples whose nodule is covered with lung; the share of samples left out at one end of the features'
+first principal component, and made up for by repeating the others."""
+
+OF_NODULES = "removal"
+"""Seen where nodules are looked at; no distance of whole slices needs to notice."""
+
+RANDOM_FEATURES = ("ct-conv",)
+"""Extractors that learned nothing: what they say is a smoke test."""
+
+RING_PX = 4
+"""Lung this near to a nodule covers it."""
+
+EVIDENCE = "evidence"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How a metric answers to images that get worse.
+
+    Attributes:
+        n: samples on either side.
+        curves: the metric by degradation: undegraded, then at each of `LEVELS`.
+        blind_to: degradations with which it does not grow at every step.
+    """
+
+    n: int
+    curves: dict[str, tuple[float, ...]]
+    blind_to: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Half of the held-out patients' samples."""
+
+    hu: NDArray[np.int16]
+    layout: NDArray[np.uint8]
+    box: NDArray[np.int16]
+
+
+def sensitivity(
+    real: SampleSet,
+    patients: NDArray[np.int64],
+    held_out: NDArray[np.bool_],
+    config: EvaluationConfig,
+) -> dict[str, Sensitivity]:
+    """How every metric of every region and extractor answers, by its key without N.
+
+    Needs a Ray session.
+
+    Args:
+        real: the sample set.
+        patients: number of each sample's patient.
+        held_out: samples of patients that no model was trained on.
+        config: extractors.
+
+    Returns:
+        Nothing where the held-out patients are too few for two halves.
+    """
+    import ray
+
+    halves = _halves(patients, held_out)
+    if min(map(len, halves)) < MIN_SAMPLES:
+        return {}
+    reference, worsened = (ray.put(_read(real, rows)) for rows in halves)
+    task = ray.remote(num_cpus=1)(_features)
+    intensity = real.attrs["intensity"]
+    futures = {
+        ("reference", 0.0): task.remote(reference, "blur", 0.0, config),
+        ("", 0.0): task.remote(worsened, "blur", 0.0, config),
+    } | {
+        (kind, level): task.remote(worsened, kind, level, config)
+        for kind in DEGRADE
+        for level in LEVELS[kind]
+    }
+    found = {asked: told(ray.get(future), intensity) for asked, future in futures.items()}
+    return {
+        f"{metric}/slice/{place[0]}/{place[1]}": answer
+        for place in found["reference", 0.0]
+        if (table := _at(place, found)) is not None
+        for metric in DISTANCES
+        for answer in [_answer(metric, place, *table)]
+    }
+
+
+def standing(key: str, answers: Mapping[str, Sensitivity], phantoms: bool) -> str:
+    """What a figure is worth: `EVIDENCE`, or why it is none.
+
+    Args:
+        key: of a metric.
+        answers: from `sensitivity`.
+        phantoms: whether all patients are.
+    """
+    metric, space, region, extractor, _ = key.split("/")
+    if phantoms:
+        return "smoke test: phantoms"
+    if extractor.startswith(RANDOM_FEATURES):
+        return "smoke test: random features"
+    region = region.removeprefix(GENERATED).partition("_")[0]
+    answer = answers.get(f"{metric}/{space}/{region}/{extractor}")
+    if answer is None:
+        return "not tested: too few held-out patients"
+    if answer.blind_to:
+        return f"not evidence: does not grow with {', '.join(answer.blind_to)}"
+    return EVIDENCE
+
+
+def _halves(
+    patients: NDArray[np.int64], held_out: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of two patient-disjoint halves, equally many of each."""
+    names = np.unique(patients[held_out])
+    rng = np.random.default_rng(seed_of("sensitivity", len(names)))
+    first = rng.permutation(names)[: len(names) // 2]
+    in_first = np.isin(patients, first)
+    one, other = (
+        rng.permutation(np.flatnonzero(held_out & side)) for side in (in_first, ~in_first)
+    )
+    count = min(len(one), len(other), MAX_SAMPLES)
+    return np.sort(one[:count]), np.sort(other[:count])
+
+
+def _read(real: SampleSet, rows: NDArray[np.int64]) -> _HeldOut:
+    parts: dict[str, list[NDArray[Any]]] = {"hu": [], "layout": []}
+    for shard in np.unique(rows // real.rows_per_shard):
+        start, stop = real.shard_rows(int(shard))
+        inside = rows[(rows >= start) & (rows < stop)] - start
+        for name, chunks in parts.items():
+            chunks.append(real.read(name, start, stop)[inside])
+    hu, layout = (np.concatenate(chunks) for chunks in parts.values())
+    return _HeldOut(measurable(hu, real.attrs["intensity"]), layout, real.index["box"][rows])
+
+
+def _features(half: _HeldOut, kind: str, level: float, config: EvaluationConfig) -> Computed:
+    hu = DEGRADE[kind](half, level) if level else half.hu
+    return {
+        (region, extractor.name): (part.rows, extractor(part.hu))
+        for region, part in cut_regions(hu, half.layout, half.box).items()
+        for extractor in load_extractors(config)
+        if len(part.rows)
+    }
+
+
+def _at(
+    place: Place, found: Mapping[tuple[str, float], Computed]
+) -> tuple[NDArray[np.float32], dict[str, list[NDArray[np.float32]]]] | None:
+    """Reference and worsened features of one place; None: too few of them."""
+    _, reference = found["reference", 0.0][place]
+    _, plain = found["", 0.0].get(place, (None, reference[:0]))
+    n = min(len(reference), len(plain))
+    if n < MIN_SAMPLES:
+        return None
+    worsened = {
+        kind: [plain, *(found[kind, level][place][1] for level in LEVELS[kind])]
+        for kind in DEGRADE
+        if kind != OF_NODULES or place[0].startswith("nodule")
+    }
+    dropped = [plain, *(_without_modes(plain[:n], share) for share in LEVELS["mode dropping"])]
+    worsened["mode dropping"] = dropped
+    return reference[:n], {
+        kind: [features[:n] for features in steps] for kind, steps in worsened.items()
+    }
+
+
+def _answer(
+    metric: str,
+    place: Place,
+    reference: NDArray[np.float32],
+    worsened: Mapping[str, Sequence[NDArray[np.float32]]],
+) -> Sensitivity:
+    distance = distance_of(metric, reference)
+    curves = {
+        kind: tuple(distance(reference, features) for features in steps)
+        for kind, steps in worsened.items()
+    }
+    blind = [kind for kind, values in curves.items() if not np.all(np.diff(values) > 0)]
+    return Sensitivity(len(reference), curves, tuple(blind))
+
+
+def _blurred(half: _HeldOut, sigma_px: float) -> NDArray[np.int16]:
+    blurred = ndimage.gaussian_filter(half.hu.astype(np.float32), (0, sigma_px, sigma_px))
+    whole: NDArray[np.int16] = np.rint(blurred).astype(np.int16)
+    return whole
+
+
+def _noisy(half: _HeldOut, sd_hu: float) -> NDArray[np.int16]:
+    noise = np.random.default_rng(seed_of("noise")).standard_normal(half.hu.shape)
+    whole: NDArray[np.int16] = np.rint(half.hu + sd_hu * noise).astype(np.int16)
+    return whole
+
+
+def _shifted(half: _HeldOut, offset_hu: float) -> NDArray[np.int16]:
+    shifted: NDArray[np.int16] = half.hu + np.int16(offset_hu)
+    return shifted
+
+
+def _without_nodules(half: _HeldOut, share: float) -> NDArray[np.int16]:
+    """Nodules of some samples covered with pixels drawn from the lung around them."""
+    rng = np.random.default_rng(seed_of("removal"))
+    hu = half.hu.copy()
+    for row in rng.permutation(len(hu))[: round(share * len(hu))]:
+        nodule = half.layout[row] == Label.NODULE
+        near = ndimage.binary_dilation(nodule, iterations=RING_PX)
+        lung = half.hu[row][near & np.isin(half.layout[row], LUNG_LABELS)]
+        if nodule.any() and len(lung):
+            hu[row][nodule] = rng.choice(lung, int(nodule.sum()))
+    return hu
+
+
+def _without_modes(features: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    centred = features.astype(np.float64) - features.mean(axis=0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    kept = np.argsort(centred @ axes[0])[: max(1, round((1 - share) * len(features)))]
+    return features[np.resize(kept, len(features))]
+
+
+DEGRADE: dict[str, Callable[[_HeldOut, float], NDArray[np.int16]]] = {
+    "blur": _blurred,
+    "noise": _noisy,
+    "shift": _shifted,
+    "removal": _without_nodules,
+}

@@ -1,0 +1,77 @@
+import json
+from pathlib import Path
+from typing import Any
+
+from raysynth.evaluation.scorecard import headline, scorecard, verdict
+from raysynth.evaluation.sensitivity import EVIDENCE
+
+
+def _metric(n: int, value: float = 2.0, **columns: tuple[float, bool]) -> dict[str, Any]:
+    return {
+        "value": value,
+        "interval": [value - 0.5, value + 0.5],
+        "n": n,
+        "reference_patients": 9,
+        "columns": {name: {"value": v, "interval": [v, v]} for name, (v, _) in columns.items()},
+        "disjoint": {name: apart for name, (_, apart) in columns.items()},
+    }
+
+
+def _found() -> dict[str, Any]:
+    metrics = {
+        "kid/slice/all/domain@1/256": _metric(256, floor=(1.9, False), shuffled=(3.0, True)),
+        "fid/slice/all/domain@1/256": _metric(256, floor=(1.9, False)),
+        "fid/slice/lung/domain@1/4096": _metric(4096, floor=(1.0, True), shuffled=(2.1, False)),
+        "kid/slice/lung/domain@1/4096": _metric(4096),
+        "kid/slice/all/ct-conv@1/256": _metric(256),
+    }
+    share = {"found": 0.8, "interval": [0.7, 0.9], "n": 99}
+    return {
+        "name": "run",
+        "metrics": metrics,
+        "standing": {
+            key: EVIDENCE if "domain" in key else "smoke test: random features" for key in metrics
+        },
+        "adherence": {
+            "synthetic": share,
+            "real": share,
+            "shuffled": share | {"found": 0.1, "interval": [0.05, 0.2]},
+        },
+        "strata": [],
+    }
+
+
+def test_the_card_has_one_figure_a_place_and_evidence_first(tmp_path: Path) -> None:
+    card = scorecard(_found(), tmp_path)
+    assert [(line.what, line.measure) for line in card[:3]] == [
+        ("all", "kid of domain@1"),
+        ("lung", "fid of domain@1"),
+        ("all", "kid of ct-conv@1"),
+    ]
+    assert card[0].verdict.startswith("as near as other patients are")
+    assert "better than shuffled" in card[0].verdict
+    assert card[1].verdict == "further away than other patients are; not told from shuffled"
+    (nodule,) = [line for line in card if line.what == "nodule where asked"]
+    assert nodule.verdict == "follows its requests"
+    assert {line.verdict for line in card[-2:]} == {
+        "not known: run raysynth downstream",
+        "not known: run raysynth audit",
+    }
+
+
+def test_what_was_found_out_since_stands_on_the_card(tmp_path: Path) -> None:
+    audit = {"verdict": "passed: 0 of 9 are copies", "standing": "measured"}
+    (tmp_path / "run_audit.json").write_text(json.dumps(audit))
+    card = scorecard(_found(), tmp_path)
+    assert card[-1].verdict == "passed: 0 of 9 are copies"
+
+
+def test_without_evidence_there_is_no_headline(tmp_path: Path) -> None:
+    found = _found()
+    assert headline(scorecard(found, tmp_path)).startswith("all: as near")
+    found["standing"] = dict.fromkeys(found["standing"], "smoke test: phantoms")
+    assert headline(scorecard(found, tmp_path)).startswith("No headline")
+
+
+def test_nearer_than_patients_is_no_praise() -> None:
+    assert "copies" in verdict(_metric(64, value=0.1, floor=(1.0, True)))
