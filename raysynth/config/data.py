@@ -38,6 +38,8 @@ class PhantomSource(Section):
     nodules_per_patient: tuple[int, int] = (1, 3)
     min_diameter_mm: float = 4.0
     """Smaller LIDC nodules are not placed."""
+    intensity: Literal["hu", "relative"] = "hu"
+    """`relative`: grey values without a unit, to lend layouts to models that learned from such."""
 
     @property
     def needs_lung(self) -> bool:

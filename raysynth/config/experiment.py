@@ -29,6 +29,9 @@ with holes filled by each tissue's mean."""
 
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
+BUILTIN_BUNDLES = Path(__file__).parents[1] / "bundles"
+"""Bundles that the package brings."""
+
 DRAWN_BESIDE = re.compile(rf"_({'|'.join(CONTROLS)}|scale_[0-9.]+)$")
 """How the names of controls end, and of runs at one of `evaluation.guidance_scales`."""
 
@@ -43,6 +46,9 @@ class ExperimentConfig(Section):
     store: str | None = None
     """Local path or s3:// URL of the store; None: `work_dir`/store."""
     seed: int = Field(0, ge=0)
+    bundle: str | None = None
+    """A trained bundle to draw with: its folder, or `builtin:` and the name of one that the package
+    brings. None: the one that this recipe trains."""
     data: DataConfig = DataConfig()
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
@@ -61,8 +67,11 @@ class ExperimentConfig(Section):
 
     @property
     def bundle_path(self) -> Path:
-        """Where training leaves this recipe's bundle."""
-        return self.work_dir / "bundles" / self.name
+        """Where this recipe's bundle is: given, or left by training."""
+        if self.bundle is None:
+            return self.work_dir / "bundles" / self.name
+        kind, _, name = self.bundle.partition(":")
+        return BUILTIN_BUNDLES / name if kind == "builtin" else Path(self.bundle)
 
     @property
     def autoencoder_path(self) -> Path:
@@ -112,10 +121,14 @@ class ExperimentConfig(Section):
         store = self.store
         if store is not None and "://" not in store:
             store = str(_absolute(Path(store)))
+        bundle = self.bundle
+        if bundle is not None and not bundle.startswith("builtin:"):
+            bundle = str(_absolute(Path(bundle)))
         return self.model_copy(
             update={
                 "work_dir": _absolute(self.work_dir),
                 "store": store,
+                "bundle": bundle,
                 "data": self.data.model_copy(update=data),
                 "model": model,
                 "evaluation": evaluation,
@@ -130,11 +143,20 @@ class ExperimentConfig(Section):
         local: dict[str, Any] = {
             "work_dir": True,
             "store": True,
+            "bundle": True,
             "data": {"source": {"path", "annotations", "lungs", "labels"}, "split_list": True},
             "model": {"autoencoder", "pretrained", "network", "networks"},
             "evaluation": {"inception_weights"},
         }
         return self.model_dump(mode="json", exclude=local)
+
+    @model_validator(mode="after")
+    def _bundle_is_there(self) -> ExperimentConfig:
+        kind, _, name = (self.bundle or "").partition(":")
+        there = sorted(path.name for path in BUILTIN_BUNDLES.glob("*/"))
+        if kind == "builtin" and name not in there:
+            raise ValueError(f"bundle {self.bundle!r}: the package brings {', '.join(there)}")
+        return self
 
     @model_validator(mode="after")
     def _learns_something(self) -> ExperimentConfig:

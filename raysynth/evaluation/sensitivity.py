@@ -25,15 +25,20 @@ from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet
 from raysynth.window import measurable
 
-MAX_SAMPLES = 128
-"""Of either half."""
+MAX_SAMPLES = 256
+NUM_SPLITS = 20
+
+PLAIN = ("blur", 0.0)
+"""Not degraded."""
+
+DROPPING = "mode dropping"
 
 LEVELS: dict[str, tuple[float, ...]] = {
     "blur": (0.5, 1.0, 2.0),
     "noise": (25.0, 50.0, 100.0),
     "shift": (25.0, 50.0, 100.0),
     "removal": (1 / 3, 2 / 3, 1.0),
-    "mode dropping": (0.25, 0.5, 0.75),
+    DROPPING: (0.25, 0.5, 0.75),
 }
 """Standard deviation of a Gaussian in pixels; of white noise, and an offset, in HU; the share of
 samples whose nodule is covered with lung; the share of samples left out at one end of the features'
@@ -57,7 +62,8 @@ class Sensitivity:
 
     Attributes:
         n: samples on either side.
-        curves: the metric by degradation: undegraded, then at each of `LEVELS`.
+        curves: the metric by degradation: undegraded, then at each of `LEVELS`; means over
+            `NUM_SPLITS` halvings of the patients.
         blind_to: degradations with which it does not grow at every step.
     """
 
@@ -68,7 +74,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Half of the held-out patients' samples."""
+    """Samples of held-out patients."""
 
     hu: NDArray[np.int16]
     layout: NDArray[np.uint8]
@@ -96,28 +102,28 @@ def sensitivity(
     """
     import ray
 
-    halves = _halves(patients, held_out)
-    if min(map(len, halves)) < MIN_SAMPLES:
+    rng = np.random.default_rng(seed_of("sensitivity", real.count))
+    rows = np.sort(rng.permutation(np.flatnonzero(held_out))[:MAX_SAMPLES])
+    if len(np.unique(patients[rows])) < 2:
         return {}
-    reference, worsened = (ray.put(_read(real, rows)) for rows in halves)
+    samples = ray.put(_read(real, rows))
     task = ray.remote(num_cpus=1)(_features)
-    intensity = real.attrs["intensity"]
-    futures = {
-        ("reference", 0.0): task.remote(reference, "blur", 0.0, config),
-        ("", 0.0): task.remote(worsened, "blur", 0.0, config),
-    } | {
-        (kind, level): task.remote(worsened, kind, level, config)
+    futures = {PLAIN: task.remote(samples, *PLAIN, config)} | {
+        (kind, level): task.remote(samples, kind, level, config)
         for kind in DEGRADE
         for level in LEVELS[kind]
     }
-    found = {asked: told(ray.get(future), intensity) for asked, future in futures.items()}
-    return {
-        f"{metric}/slice/{place[0]}/{place[1]}": answer
-        for place in found["reference", 0.0]
-        if (table := _at(place, found)) is not None
-        for metric in DISTANCES
-        for answer in [_answer(metric, place, *table)]
+    found = {
+        asked: told(ray.get(future), real.attrs["intensity"]) for asked, future in futures.items()
     }
+    answers = {}
+    for place, (shown, _) in found[PLAIN].items():
+        halves = _halves(patients[rows][shown], rng)
+        if min(len(side) for half in halves for side in half) >= MIN_SAMPLES:
+            worsened = _worsened(place, found)
+            for metric in DISTANCES:
+                answers[f"{metric}/slice/{place[0]}/{place[1]}"] = _answer(metric, worsened, halves)
+    return answers
 
 
 def standing(key: str, answers: Mapping[str, Sensitivity], phantoms: bool) -> str:
@@ -143,18 +149,17 @@ def standing(key: str, answers: Mapping[str, Sensitivity], phantoms: bool) -> st
 
 
 def _halves(
-    patients: NDArray[np.int64], held_out: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of two patient-disjoint halves, equally many of each."""
-    names = np.unique(patients[held_out])
-    rng = np.random.default_rng(seed_of("sensitivity", len(names)))
-    first = rng.permutation(names)[: len(names) // 2]
-    in_first = np.isin(patients, first)
-    one, other = (
-        rng.permutation(np.flatnonzero(held_out & side)) for side in (in_first, ~in_first)
-    )
-    count = min(len(one), len(other), MAX_SAMPLES)
-    return np.sort(one[:count]), np.sort(other[:count])
+    patients: NDArray[np.int64], rng: np.random.Generator
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows of patient-disjoint halves, equally many of each, several times at random."""
+    names = np.unique(patients)
+    halves = []
+    for _ in range(NUM_SPLITS):
+        in_first = np.isin(patients, rng.permutation(names)[: len(names) // 2])
+        one, other = (rng.permutation(np.flatnonzero(side)) for side in (in_first, ~in_first))
+        count = min(len(one), len(other))
+        halves.append((one[:count], other[:count]))
+    return halves
 
 
 def _read(real: SampleSet, rows: NDArray[np.int64]) -> _HeldOut:
@@ -178,40 +183,36 @@ def _features(half: _HeldOut, kind: str, level: float, config: EvaluationConfig)
     }
 
 
-def _at(
+def _worsened(
     place: Place, found: Mapping[tuple[str, float], Computed]
-) -> tuple[NDArray[np.float32], dict[str, list[NDArray[np.float32]]]] | None:
-    """Reference and worsened features of one place; None: too few of them."""
-    _, reference = found["reference", 0.0][place]
-    _, plain = found["", 0.0].get(place, (None, reference[:0]))
-    n = min(len(reference), len(plain))
-    if n < MIN_SAMPLES:
-        return None
-    worsened = {
+) -> dict[str, list[NDArray[np.float32]]]:
+    """Features at one place by degradation: of the samples as they are, then at each level."""
+    plain = found[PLAIN][place][1]
+    return {
         kind: [plain, *(found[kind, level][place][1] for level in LEVELS[kind])]
         for kind in DEGRADE
         if kind != OF_NODULES or place[0].startswith("nodule")
-    }
-    dropped = [plain, *(_without_modes(plain[:n], share) for share in LEVELS["mode dropping"])]
-    worsened["mode dropping"] = dropped
-    return reference[:n], {
-        kind: [features[:n] for features in steps] for kind, steps in worsened.items()
     }
 
 
 def _answer(
     metric: str,
-    place: Place,
-    reference: NDArray[np.float32],
     worsened: Mapping[str, Sequence[NDArray[np.float32]]],
+    halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
 ) -> Sensitivity:
-    distance = distance_of(metric, reference)
-    curves = {
-        kind: tuple(distance(reference, features) for features in steps)
-        for kind, steps in worsened.items()
-    }
+    """Means over the halves: one split alone is nearer or further by chance."""
+    plain = worsened["blur"][0]
+    rows: dict[str, list[list[float]]] = {kind: [] for kind in (*worsened, DROPPING)}
+    for one, other in halves:
+        reference = plain[one]
+        distance = distance_of(metric, reference)
+        for kind, steps in worsened.items():
+            rows[kind].append([distance(reference, features[other]) for features in steps])
+        left = [_without_modes(plain[other], share) for share in LEVELS[DROPPING]]
+        rows[DROPPING].append([distance(reference, one) for one in (plain[other], *left)])
+    curves = {kind: tuple(np.mean(values, axis=0).tolist()) for kind, values in rows.items()}
     blind = [kind for kind, values in curves.items() if not np.all(np.diff(values) > 0)]
-    return Sensitivity(len(reference), curves, tuple(blind))
+    return Sensitivity(len(halves[0][0]), curves, tuple(blind))
 
 
 def _blurred(half: _HeldOut, sigma_px: float) -> NDArray[np.int16]:

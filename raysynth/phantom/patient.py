@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysynth.case import Case, Nodule, Split
 from raysynth.config.data import PhantomSource
@@ -12,7 +13,8 @@ from raysynth.phantom.grid import Grid
 from raysynth.phantom.nodules import add_nodules
 from raysynth.phantom.physique import Torso, draw_physique
 from raysynth.seeding import seed_of
-from raysynth.volume import Volume
+from raysynth.volume import RELATIVE_RANGE, Intensity, Volume
+from raysynth.window import LUNG_WINDOW_HU, denormalize, normalize
 
 _EXTENT_MM = {"thorax": (300.0, 260.0, 360.0), "abdomen": (210.0, 260.0, 360.0)}
 # Upper face of the volume above the lung apex of the model's patient.
@@ -54,9 +56,10 @@ def phantom_case(source: PhantomSource, number: int, split: Split = "train") -> 
         case_id=key if source.anatomy == "thorax" else f"{key}-{source.anatomy}",
         patient_key=key,
         split=split,
-        volume=Volume(tissue.to_hu(hu), source.spacing_mm, (z, y, x)),
+        volume=Volume(_values(hu, source.intensity), source.spacing_mm, (z, y, x)),
         nodules=nodules,
         layout=anatomy.layout,
+        intensity=source.intensity,
         source={
             "kind": "phantom",
             "format": "phantom",
@@ -66,3 +69,11 @@ def phantom_case(source: PhantomSource, number: int, split: Split = "train") -> 
             "noise_hu": physique.noise_hu,
         },
     )
+
+
+def _values(hu: NDArray[np.float32], intensity: Intensity) -> NDArray[np.int16]:
+    """Hounsfield units, or the lung window as the grey values of an image without a unit."""
+    whole = tissue.to_hu(hu)
+    if intensity == "hu":
+        return whole
+    return denormalize(normalize(whole, LUNG_WINDOW_HU), RELATIVE_RANGE)

@@ -39,6 +39,11 @@ def train(config: ExperimentConfig) -> TrainSummary:
             process trains the same recipe, or the checkpoints belong to another recipe.
         RaysynthError: training diverged, or failed too often.
     """
+    if config.bundle is not None:
+        raise InputError(
+            f"{config.name} draws with the bundle {config.bundle}: nothing is left to train; "
+            "leave `bundle` out to train one"
+        )
     plan = plan_run(config)
     done = finished_run(config, plan)
     if done is not None:
