@@ -37,6 +37,7 @@ def demo(
 
     summary = run_demo(work_dir, lidc, overrides)
     print(f"report   {summary.report}")
+    print(f"texture  {summary.texture}")
     print(f"summary  {summary.path}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from raysynth import stages
 from raysynth.config import ExperimentConfig, load_recipe
+from raysynth.data.inspect import inspect_store
 from raysynth.errors import InputError
 from raysynth.progress import stage_seconds
 from raysynth.session import connect
@@ -19,14 +20,23 @@ Stage = Callable[[ExperimentConfig], stages.Result]
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """Where the demo left its page and its figures."""
+    """Where the demo left its pages and its figures.
+
+    Attributes:
+        report: on what it trained.
+        texture: crops on real texture, drawn by the bundle that the package brings.
+        path: the figures.
+    """
 
     report: Path
+    texture: Path
     path: Path
 
 
 def run_demo(work_dir: Path, lidc: Path | None, overrides: list[str]) -> DemoSummary:
     """Runs ingest, shard, train, encode, train, synthesize and evaluate in one local cluster.
+
+    Then draws on real texture, which nothing learns in minutes, with the package's own bundle.
 
     Args:
         work_dir: parent of the run's folder (`demo`, or `demo_lidc` on real scans).
@@ -51,6 +61,11 @@ def run_demo(work_dir: Path, lidc: Path | None, overrides: list[str]) -> DemoSum
     autoencoder = load_recipe(recipes / "phantom_demo_kl.yaml", [*settings, *overrides])
     model = load_recipe(recipes / "phantom_demo.yaml", [*settings, *patience, *overrides])
 
+    texture = load_recipe(
+        recipes / "phantom_real_texture.yaml",
+        [f"work_dir={json.dumps(str(folder / 'texture'))}"],
+    )
+
     steps: list[tuple[str, Stage, ExperimentConfig]] = [
         ("ingest", stages.ingest, model),
         ("shard", stages.shard, model),
@@ -59,12 +74,17 @@ def run_demo(work_dir: Path, lidc: Path | None, overrides: list[str]) -> DemoSum
         ("train", stages.train, model),
         ("synthesize", stages.synthesize, model),
         ("evaluate", stages.evaluate, model),
+        ("texture_ingest", stages.ingest, texture),
+        ("texture_shard", stages.shard, texture),
+        ("texture_synthesize", stages.synthesize, texture),
     ]
+    page = folder / "texture.html"
     with connect():
         results = {name: stage(config) for name, stage, config in steps}
-    timings = stage_seconds(model.work_dir)
+        inspect_store(texture.store_url, page)
+    timings = stage_seconds(model.work_dir) | stage_seconds(texture.work_dir)
     seconds = {name: timings[f"{stage.__name__} {config.name}"] for name, stage, config in steps}
-    return _summarize(model, results, seconds)
+    return _summarize(model, results, seconds, page)
 
 
 def recipes_folder() -> Path:
@@ -75,7 +95,10 @@ def recipes_folder() -> Path:
 
 
 def _summarize(
-    config: ExperimentConfig, results: dict[str, stages.Result], seconds: dict[str, float]
+    config: ExperimentConfig,
+    results: dict[str, stages.Result],
+    seconds: dict[str, float],
+    texture: Path,
 ) -> DemoSummary:
     evaluation = results["evaluate"]
     summary: dict[str, Any] = {
@@ -92,7 +115,8 @@ def _summarize(
         "indicative": evaluation["indicative"],
         "settings": config.shareable(),
         "report": evaluation["report"],
+        "texture": str(texture),
     }
     path = config.work_dir / "summary.json"
     path.write_text(json.dumps(summary, indent=2, default=str))
-    return DemoSummary(Path(evaluation["report"]), path)
+    return DemoSummary(Path(evaluation["report"]), texture, path)

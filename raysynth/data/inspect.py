@@ -22,6 +22,7 @@ from raysynth.report.html import StorePage, Tile, write_store_page
 from raysynth.store.reader import SampleSet, case_attrs, case_ids, read_case
 from raysynth.store.repository import open_root
 from raysynth.store.validate import StoreSummary, sample_groups, summary, validate
+from raysynth.window import measurable
 
 MAX_CASES = 6
 MAX_SAMPLES = 12
@@ -131,7 +132,7 @@ def _volume_tiles(root: zarr.Group) -> list[Tile]:
     tiles = []
     for number, case_id in enumerate(case_ids(root)[:MAX_CASES], 1):
         case, attributes = read_case(root, case_id), case_attrs(root, case_id)
-        hu = case.volume.hu
+        hu = measurable(case.volume.hu, case.intensity)
         layout = case.layout if case.layout is not None else np.zeros(hu.shape, np.uint8)
         extent = attributes.lung_zyx or tuple((0, size) for size in hu.shape)
         z, y, _ = ((start + stop) // 2 for start, stop in extent)
@@ -157,7 +158,7 @@ def _sample_tiles(samples: SampleSet) -> list[Tile]:
         y0, x0, y1, x1 = (int(corner) for corner in corners.ravel())
         tiles.append(
             Tile(
-                samples.read("hu", row, row + 1)[0][middle],
+                measurable(samples.read("hu", row, row + 1)[0][middle], samples.attrs["intensity"]),
                 samples.read("layout", row, row + 1)[0][middle],
                 (y0, x0, y1, x1),
                 _caption(samples, row),
@@ -167,7 +168,10 @@ def _sample_tiles(samples: SampleSet) -> list[Tile]:
 
 
 def _caption(samples: SampleSet, row: int) -> str:
-    """Which sample it is and, of a nodule, what the first reader said."""
+    """Which sample it is and, of a nodule, what the first reader said or what was asked for."""
+    if "found" in samples.index and samples.index["attributes"][row].any():
+        asked = ", ".join(map(str, samples.index["attributes"][row]))
+        return f"row {row}: scores {asked}; {'' if samples.index['found'][row] else 'not '}found"
     if "nodule" not in samples.index or samples.index["nodule"][row] < 0:
         return f"row {row}"
     scores, diameter_mm = (samples.index[name][row] for name in ("ratings", "diameter_mm"))
