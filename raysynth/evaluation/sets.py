@@ -146,7 +146,7 @@ def _measure_shard(
         samples.read("layout", start, stop),
         samples.index["box"][start:stop],
         samples.pixel_mm,
-        _extractors(config.extractors, config.inception_weights),
+        _extractors(config.extractors, tuple(config.extractor_weights.items())),
         strays,
         hole,
     )
@@ -154,9 +154,11 @@ def _measure_shard(
 
 
 @lru_cache(maxsize=1)
-def _extractors(names: tuple[str, ...], weights: Path | None) -> tuple[Extractor, ...]:
+def _extractors(
+    names: tuple[str, ...], weights: tuple[tuple[str, Path], ...]
+) -> tuple[Extractor, ...]:
     """Loaded once a process: Ray's workers measure many shards."""
-    return tuple(load_extractor(name, weights) for name in names)
+    return tuple(load_extractor(name, dict(weights)) for name in names)
 
 
 def _chosen_shards(samples: SampleSet) -> list[int]:

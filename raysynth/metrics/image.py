@@ -111,7 +111,7 @@ def psnr(
     squares, shown = _squares(one, other, window_hu, mask, "PSNR")
     if not shown.all():
         raise InputError(
-            f"PSNR needs at least 1 pixel, got 0 in the mask of pair {np.argmin(shown)}: leave it out"
+            f"PSNR needs at least 1 pixel a pair, got 0 of pair {np.argmin(shown)}: leave it out"
         )
     return _decibels(squares / shown, window_hu)
 

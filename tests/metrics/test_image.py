@@ -76,7 +76,7 @@ def test_equal_images_have_no_noise_and_an_empty_mask_no_psnr() -> None:
     assert error.compute().psnr_db == pytest.approx(
         psnr(real[::2], synthetic[::2], WINDOW_HU).mean()
     )
-    with pytest.raises(InputError, match="at least 1 pixel, got 0 in the mask of pair 1"):
+    with pytest.raises(InputError, match="at least 1 pixel a pair, got 0 of pair 1"):
         psnr(real, synthetic, WINDOW_HU, mask)
     with pytest.raises(InputError, match="at least 1 pixel, got 0"):
         PairedError(WINDOW_HU).compute()
