@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 
+EXTRACTOR_NAMES = (
+    "ct-conv, inception2048, medicalnet50, torchvision:MODEL and module:PACKAGE.NAME:FUNCTION"
+)
+"""As a recipe can name extractors."""
+
+_WITHOUT_WEIGHTS = re.compile(r"ct-conv|module:[\w.]+:\w+")
+_WITH_WEIGHTS = re.compile(r"inception2048|medicalnet50|torchvision:\w+")
+
 
 class EvaluationConfig(Section):
     """Metrics, their regions and controls."""
 
-    extractors: tuple[Literal["ct-conv", "inception2048"], ...] = ("ct-conv",)
-    """`ct-conv` is built in. `inception2048` needs torch-fidelity's weights on disk."""
-    inception_weights: Path | None = None
-    """torch-fidelity's Inception weights: the file weights-inception-2015-12-05-6726825d.pth."""
+    extractors: tuple[str, ...] = Field(("ct-conv",), min_length=1)
+    """What features are compared: `EXTRACTOR_NAMES`. `ct-conv` is built in; a module of the user's
+    brings its own weights; the others need a file of weights each. `medicalnet50` takes volumes."""
+    extractor_weights: dict[str, Path] = Field(default_factory=dict)
+    """File of weights by extractor, for example `inception2048`: torch-fidelity's
+    weights-inception-2015-12-05-6726825d.pth. State dicts (.pth) or .safetensors."""
     num_bootstrap: int = Field(200, ge=2)
     """Sub-samples behind each interval."""
     controls: bool = True
@@ -26,6 +37,21 @@ class EvaluationConfig(Section):
     guidance_scales: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Scales at which the same requests are drawn from the same noise once more, to choose one: the
     report shows quality, diversity and consistency over them. Each request is drawn twice."""
+
+    @model_validator(mode="after")
+    def _extractors_are_known(self) -> EvaluationConfig:
+        for name in self.extractors:
+            if not (_WITHOUT_WEIGHTS.fullmatch(name) or _WITH_WEIGHTS.fullmatch(name)):
+                raise ValueError(f"extractors: no extractor {name!r}; there are {EXTRACTOR_NAMES}")
+        if len(set(self.extractors)) < len(self.extractors):
+            raise ValueError(f"extractors {', '.join(self.extractors)}: name each once")
+        for name in self.extractor_weights:
+            if not _WITH_WEIGHTS.fullmatch(name):
+                raise ValueError(
+                    f"extractor_weights.{name}: no extractor of that name takes weights; "
+                    "inception2048, medicalnet50 and torchvision:MODEL do"
+                )
+        return self
 
     @model_validator(mode="after")
     def _scales_differ(self) -> EvaluationConfig:

@@ -110,9 +110,8 @@ class ExperimentConfig(Section):
         source = source.model_copy(
             update={name: _absolute(path) for name, path in given.items() if path is not None}
         )
-        if evaluation.inception_weights is not None:
-            weights = {"inception_weights": _absolute(evaluation.inception_weights)}
-            evaluation = evaluation.model_copy(update=weights)
+        weights = {name: _absolute(file) for name, file in evaluation.extractor_weights.items()}
+        evaluation = evaluation.model_copy(update={"extractor_weights": weights})
         model = self.model
         if isinstance(model, FromFolder):
             model = model.model_copy(update={"pretrained": _absolute(model.pretrained)})
@@ -146,7 +145,7 @@ class ExperimentConfig(Section):
             "bundle": True,
             "data": {"source": {"path", "annotations", "lungs", "labels"}, "split_list": True},
             "model": {"autoencoder", "pretrained", "network", "networks"},
-            "evaluation": {"inception_weights"},
+            "evaluation": {"extractor_weights"},
         }
         return self.model_dump(mode="json", exclude=local)
 

@@ -13,7 +13,7 @@ from raysynth.evaluation.consistency import mean_scores
 from raysynth.evaluation.intervals import Figure, Z
 from raysynth.evaluation.measure import ADHERENCE_COLUMNS, Measures
 from raysynth.evaluation.regions import SMALL_IMAGE, cut_crops
-from raysynth.metrics.image import ms_ssim, num_ssim_scales
+from raysynth.metrics.similarity import ms_ssim, num_ssim_scales
 from raysynth.sampling.cohort import diameter_class
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet

@@ -13,6 +13,7 @@ import numpy as np
 
 from raysynth.case import CONDITION_ATTRIBUTES
 from raysynth.config import ExperimentConfig, HoleFilling
+from raysynth.errors import InputError
 from raysynth.evaluation.adherence import (
     AttributeCoverage,
     CohortShare,
@@ -119,8 +120,12 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
             its slices in the test split, another intensity, or an extractor without its weights.
     """
     started = time.monotonic()
-    for extractor in config.evaluation.extractors:
-        load_extractor(extractor, config.evaluation.inception_weights)
+    for name in config.evaluation.extractors:
+        extractor = load_extractor(name, config.evaluation.extractor_weights)
+        if extractor.spatial_dims != 2:
+            raise InputError(
+                f"evaluation.extractors: {name} takes volumes, and samples are slices: leave it out"
+            )
     snapshot = main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
     sets, scales = open_sets(root, config), open_scales(config, root)

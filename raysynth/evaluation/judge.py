@@ -20,7 +20,7 @@ from raysynth.evaluation.intervals import (
 )
 from raysynth.evaluation.measure import HISTOGRAMS, Place
 from raysynth.metrics.frechet import frechet_distance_of, frechet_limit
-from raysynth.metrics.image import histogram_distance
+from raysynth.metrics.histogram import histogram_distance
 from raysynth.metrics.kernel import cubic_mmd2, gaussian_mmd2, kernel_distance, median_distance
 from raysynth.seeding import seed_of
 

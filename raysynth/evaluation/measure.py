@@ -12,7 +12,7 @@ from raysynth.condition import Box
 from raysynth.evaluation.regions import cut_regions
 from raysynth.layout.morphology import Mask
 from raysynth.metrics.features import Extractor
-from raysynth.metrics.image import TISSUES, tissue_histograms
+from raysynth.metrics.histogram import TISSUES, tissue_histograms
 from raysynth.metrics.kernel import FeatureTable
 from raysynth.sampling.adherence import (
     NODULE_LUNG_LABELS,

@@ -162,12 +162,14 @@ def _measure_shard(
 
 def load_extractors(config: EvaluationConfig) -> tuple[Extractor, ...]:
     """The recipe's extractors, loaded once a process: Ray's workers measure many shards."""
-    return _extractors(config.extractors, config.inception_weights)
+    return _extractors(config.extractors, tuple(config.extractor_weights.items()))
 
 
 @lru_cache(maxsize=1)
-def _extractors(names: tuple[str, ...], weights: Path | None) -> tuple[Extractor, ...]:
-    return tuple(load_extractor(name, weights) for name in names)
+def _extractors(
+    names: tuple[str, ...], weights: tuple[tuple[str, Path], ...]
+) -> tuple[Extractor, ...]:
+    return tuple(load_extractor(name, dict(weights)) for name in names)
 
 
 def _chosen_shards(samples: SampleSet) -> list[int]:

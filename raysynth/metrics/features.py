@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.config.evaluation import EXTRACTOR_NAMES
 from raysynth.errors import InputError
+from raysynth.metrics.samples import require_finite
 from raysynth.window import LUNG_WINDOW_HU
 
 if TYPE_CHECKING:
@@ -17,42 +19,58 @@ if TYPE_CHECKING:
 
 MIN_IMAGE_SIZE = 16
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = (
-    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-)
-INCEPTION_SHA256_START = "6726825d"
-
 
 class Extractor(Protocol):
-    """A named map from slices to features.
+    """A named map from slices, or volumes, to features.
 
     Attributes:
         name: `extractor@version`, part of every metric's key. Another version, other numbers.
         dim: length of a feature vector.
+        spatial_dims: 2: it takes slices (n, y, x); 3: volumes (n, z, y, x).
     """
 
     name: str
     dim: int
+    spatial_dims: int
 
     def __call__(self, hu: NDArray[np.int16]) -> NDArray[np.float32]:
-        """Features (n, dim) of slices in HU (n, y, x), at least `MIN_IMAGE_SIZE` pixels a side."""
+        """Features (n, dim) of samples in HU, at least `MIN_IMAGE_SIZE` pixels a side."""
         ...
 
 
-def load_extractor(name: str, inception_weights: Path | None = None) -> Extractor:
-    """An extractor by its name in a recipe, `ct-conv` or `inception2048`.
+def load_extractor(name: str, weights: Mapping[str, Path] | None = None) -> Extractor:
+    """An extractor by its name in a recipe, one of `EXTRACTOR_NAMES`.
+
+    Args:
+        name: of the extractor.
+        weights: `evaluation.extractor_weights`, the files of weights by extractor.
 
     Raises:
-        InputError: unknown name, or Inception's weights are absent or another file.
+        InputError: unknown name, weights that are absent or another network's, or a module of the
+            user's that gives no extractor.
     """
-    match name:
-        case "ct-conv":
+    file = (weights or {}).get(name)
+    match name.partition(":"):
+        case "ct-conv", "", _:
             return CtConv()
-        case "inception2048":
-            return Inception2048(_checked_weights(inception_weights))
+        case "inception2048", "", _:
+            from raysynth.metrics.networks import Inception2048
+
+            return Inception2048(file)
+        case "medicalnet50", "", _:
+            from raysynth.metrics.networks import MedicalNet50
+
+            return MedicalNet50(file)
+        case "torchvision", ":", model:
+            from raysynth.metrics.networks import Torchvision
+
+            return Torchvision(model, file)
+        case "module", ":", place:
+            from raysynth.metrics.given import given_extractor
+
+            return given_extractor(place)
         case _:
-            raise InputError(f"no extractor {name!r}; there are ct-conv and inception2048")
+            raise InputError(f"no extractor {name!r}; there are {EXTRACTOR_NAMES}")
 
 
 class CtConv:
@@ -71,6 +89,7 @@ class CtConv:
 
     name = "ct-conv@1"
     dim = 80
+    spatial_dims = 2
 
     num_scales = 4
     num_filters = 8
@@ -97,12 +116,12 @@ class CtConv:
         """Features (n, 80) of slices (n, y, x)."""
         import torch
 
-        _check(hu)
+        check_samples(hu, self)
         features = np.empty((len(hu), self.dim), np.float32)
         for start in range(0, len(hu), self.batch_size):
             batch = hu[start : start + self.batch_size]
             padded = np.zeros((self.batch_size, *hu.shape[1:]), np.float32)
-            padded[: len(batch)] = _windowed(batch) * 2 - 1
+            padded[: len(batch)] = windowed(batch) * 2 - 1
             with torch.inference_mode():
                 computed = self._features(torch.from_numpy(padded)[:, None])
             features[start : start + len(batch)] = computed[: len(batch)].numpy()
@@ -131,52 +150,26 @@ class CtConv:
         )
 
 
-class Inception2048:
-    """`inception2048@w1`: torch-fidelity's Inception v3, last pooling layer, grey as RGB.
-
-    Slices are windowed to 8 bits (5.5 HU a step), the only input that network takes.
-
-    Args:
-        weights: the file of weights; see `INCEPTION_URL`.
-    """
-
-    name = "inception2048@w1"
-    dim = 2048
-    batch_size = 32
-
-    def __init__(self, weights: Path) -> None:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        self._network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
-        )
-
-    def __call__(self, hu: NDArray[np.int16]) -> NDArray[np.float32]:
-        """Features (n, 2048) of slices (n, y, x)."""
-        import torch
-
-        _check(hu)
-        features = np.empty((len(hu), self.dim), np.float32)
-        for start in range(0, len(hu), self.batch_size):
-            grey = np.rint(_windowed(hu[start : start + self.batch_size]) * 255).astype(np.uint8)
-            rgb = torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1)  # (B, 3, H, W)
-            with torch.inference_mode():
-                features[start : start + len(grey)] = self._network(rgb)[0].numpy()
-        return features
-
-
-def _windowed(hu: NDArray[np.int16]) -> NDArray[np.float32]:
+def windowed(hu: NDArray[np.int16]) -> NDArray[np.float32]:
     """HU in `LUNG_WINDOW_HU` as [0, 1]."""
     low, high = LUNG_WINDOW_HU
-    windowed: NDArray[np.float32] = np.clip(hu, low, high).astype(np.float32)
-    return (windowed - np.float32(low)) / np.float32(high - low)
+    clipped: NDArray[np.float32] = np.clip(hu, low, high).astype(np.float32)
+    return (clipped - np.float32(low)) / np.float32(high - low)
 
 
-def _check(hu: NDArray[np.int16]) -> None:
-    if hu.ndim != 3 or min(hu.shape[1:]) < MIN_IMAGE_SIZE:
-        raise ValueError(
-            f"features need slices (n, y, x) of at least {MIN_IMAGE_SIZE} pixels, not {hu.shape}"
+def check_samples(hu: NDArray[np.int16], extractor: Extractor) -> None:
+    """Refuses what an extractor cannot see.
+
+    Raises:
+        InputError: slices for volumes or the reverse, too small ones, or some not finite.
+    """
+    wanted = "slices (n, y, x)" if extractor.spatial_dims == 2 else "volumes (n, z, y, x)"
+    if hu.ndim != extractor.spatial_dims + 1 or min(hu.shape[1:]) < MIN_IMAGE_SIZE:
+        raise InputError(
+            f"{extractor.name} takes {wanted} of at least {MIN_IMAGE_SIZE} pixels a side, not "
+            f"{hu.shape}: give those, or take another extractor"
         )
+    require_finite(hu, extractor.name, "pixels")
 
 
 def _filters(bits: np.random.PCG64, shape: tuple[int, int, int, int]) -> torch.Tensor:
@@ -196,18 +189,3 @@ def _convolve(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
 
     pad = filters.shape[-1] // 2
     return functional.conv2d(functional.pad(x, (pad,) * 4, mode="replicate"), filters)
-
-
-def _checked_weights(path: Path | None) -> Path:
-    advice = f"download {INCEPTION_URL} and set evaluation.inception_weights to the file"
-    if path is None or not path.is_file():
-        place = "evaluation.inception_weights is not set" if path is None else f"no file {path}"
-        raise InputError(f"extractor inception2048 needs {INCEPTION_FILE}, but {place}: {advice}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(INCEPTION_SHA256_START):
-        raise InputError(
-            f"{path} has SHA-256 {digest[:8]}..., Inception's weights start with "
-            f"{INCEPTION_SHA256_START}: {advice}"
-        )
-    return path

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.errors import InputError
+from raysynth.metrics.samples import Features, checked_features, checked_pair
+
 Array = NDArray[np.float64]
+
+MIN_FRECHET_SAMPLES = 2
+"""Fewer have no covariance."""
+
+MIN_LIMIT_SAMPLES = 3
+"""Fewer give no two sizes to draw a line through."""
+
+PRECISION = 1e-6
+"""Expected relative rounding of a distance above which the slower and exact way is taken."""
 
 
 class FeatureMoments:
@@ -26,12 +38,16 @@ class FeatureMoments:
         self.scatter: Array = np.zeros((dim, dim))
         """Sum of outer products of deviations from the mean."""
 
-    def update(self, features: NDArray[np.floating]) -> None:
-        """Adds a batch of features, shape (n, dim)."""
-        if not len(features):
+    def update(self, features: Features) -> None:
+        """Adds a batch of features, shape (n, dim).
+
+        Raises:
+            InputError: some are not finite.
+        """
+        values = checked_features(features, "the Fréchet distance", at_least=0)
+        if not len(values):
             return
         batch = FeatureMoments(len(self.mean))
-        values = np.asarray(features, dtype=np.float64)
         batch.count = len(values)
         batch.mean = values.mean(axis=0)
         deviations = values - batch.mean
@@ -56,34 +72,94 @@ class FeatureMoments:
         """The mean (dim,) and the unbiased covariance (dim, dim).
 
         Raises:
-            ValueError: fewer than two features were seen.
+            InputError: fewer than two features were seen.
         """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, not {self.count}")
+        if self.count < MIN_FRECHET_SAMPLES:
+            raise InputError(
+                f"the Fréchet distance needs at least {MIN_FRECHET_SAMPLES} samples a side, got "
+                f"{self.count}: give more"
+            )
         return self.mean, self.scatter / (self.count - 1)
 
 
 def frechet_distance(real: FeatureMoments, synthetic: FeatureMoments) -> float:
-    """The squared Fréchet distance of the Gaussians fitted to two sets of features.
+    """The squared Fréchet distance of the Gaussians fitted to two sets of features (FID).
 
-    `|mu_r - mu_s|^2 + Tr(S_r + S_s - 2 (S_r S_s)^(1/2))`, Heusel et al. 2017, eq. 6.
+    `|mu_r - mu_s|^2 + Tr(S_r + S_s - 2 (S_r S_s)^(1/2))`, Heusel et al. 2017, eq. 6 (Dowson and
+    Landau 1982), with unbiased covariances.
+
+    Range and direction: 0 to infinity, in squared units of the features; lower is better, 0 for
+    equal means and covariances. It falls with N, roughly as 1/N (`frechet_limit`): compare at equal
+    N and extractor alone.
+
+    Args:
+        real: moments of features of any length.
+        synthetic: of features as long.
+
+    Raises:
+        InputError: fewer than two features on a side, or of different lengths.
     """
     mean_r, covariance_r = real.compute()
     mean_s, covariance_s = synthetic.compute()
-    return _distance(mean_r - mean_s, _root(covariance_r), _root(covariance_s))
+    if mean_r.shape != mean_s.shape:
+        raise InputError(
+            f"the Fréchet distance of {len(mean_r)} and {len(mean_s)} features a sample: compare "
+            "those of one extractor"
+        )
+    shift = mean_r - mean_s
+    if min(real.count, synthetic.count) > len(shift):
+        quick = _of_covariances(shift, covariance_r, covariance_s)
+        if quick is not None:
+            return quick
+    return _of_factors(shift, _root(covariance_r), _root(covariance_s))
 
 
-def frechet_distance_of(real: NDArray[np.floating], synthetic: NDArray[np.floating]) -> float:
-    """`frechet_distance` of features at hand, shapes (n, dim) and (m, dim).
+def frechet_distance_of(real: Features, synthetic: Features) -> float:
+    """`frechet_distance` of features at hand, exact and fast where there are few of them.
 
-    Needs no dim x dim covariance, so it is much faster and exact where n or m is below dim.
+    Where n or m is below dim it needs no dim x dim covariance. Range and direction as there: 0 to
+    infinity, lower is better.
+
+    Args:
+        real: features (n, dim).
+        synthetic: features (m, dim).
+
+    Raises:
+        InputError: fewer than two a side, or some are not finite.
     """
-    mean_r, factor_r = _factor(real)
-    mean_s, factor_s = _factor(synthetic)
-    return _distance(mean_r - mean_s, factor_r, factor_s)
+    x, y = checked_pair(real, synthetic, "the Fréchet distance", MIN_FRECHET_SAMPLES)
+    mean_r, mean_s = x.mean(axis=0), y.mean(axis=0)
+    x, y = (x - mean_r) / np.sqrt(len(x) - 1), (y - mean_s) / np.sqrt(len(y) - 1)
+    if min(len(x), len(y)) > x.shape[1]:
+        quick = _of_covariances(mean_r - mean_s, x.T @ x, y.T @ y)
+        if quick is not None:
+            return quick
+    return _of_factors(mean_r - mean_s, _triangle(x), _triangle(y))
 
 
-def _distance(shift: Array, factor_r: Array, factor_s: Array) -> float:
+def _of_covariances(shift: Array, covariance_r: Array, covariance_s: Array) -> float | None:
+    """The distance of covariances of full rank; None where rounding could be felt in it.
+
+    With `S_r = L L^T` the eigenvalues of S_r S_s are those of the symmetric `L^T S_s L`, which take
+    a fraction of the time of singular values. Their rounding, relative to the largest one, weighs
+    the more in a root the smaller that is.
+    """
+    try:
+        lower = np.linalg.cholesky(covariance_r)
+    except np.linalg.LinAlgError:
+        return None
+    squared = np.linalg.eigvalsh(lower.T @ covariance_s @ lower)
+    if squared[0] <= 0:
+        return None
+    trace = np.trace(covariance_r) + np.trace(covariance_s)
+    distance = float(shift @ shift + trace - 2 * np.sqrt(squared).sum())
+    # To first order, with independent errors of an ulp of the largest in each eigenvalue. Spectra
+    # that fall as i^-2, or are flat, stay below a fifth of that.
+    rounding = np.finfo(np.float64).eps * squared[-1] * np.sqrt(np.sum(1 / squared))
+    return distance if rounding <= PRECISION * distance else None
+
+
+def _of_factors(shift: Array, factor_r: Array, factor_s: Array) -> float:
     """The distance of covariances `factor.T @ factor`.
 
     The eigenvalues of S_r S_s are the squared singular values of `factor_r @ factor_s.T`, so the
@@ -91,21 +167,16 @@ def _distance(shift: Array, factor_r: Array, factor_s: Array) -> float:
     """
     trace = np.sum(factor_r**2) + np.sum(factor_s**2)
     root_trace = np.linalg.svd(factor_r @ factor_s.T, compute_uv=False).sum()
-    return float(shift @ shift + trace - 2 * root_trace)
+    # Of equal sets the difference is rounding, of either sign.
+    return max(0.0, float(shift @ shift + trace - 2 * root_trace))
 
 
-def _factor(features: NDArray[np.floating]) -> tuple[Array, Array]:
-    """The mean of features and a factor of their unbiased covariance."""
-    values = np.asarray(features, dtype=np.float64)
-    count, dim = values.shape
-    if count < 2:
-        raise ValueError(f"a covariance needs at least 2 samples, not {count}")
-    mean = values.mean(axis=0)
-    deviations = (values - mean) / np.sqrt(count - 1)
-    if count <= dim:
-        return mean, deviations
-    triangle: Array = np.asarray(np.linalg.qr(deviations, mode="r"))
-    return mean, triangle
+def _triangle(factor: Array) -> Array:
+    """A factor of the same covariance with no more rows than columns."""
+    if len(factor) <= factor.shape[1]:
+        return factor
+    triangle: Array = np.asarray(np.linalg.qr(factor, mode="r"))
+    return triangle
 
 
 def _root(covariance: Array) -> Array:
@@ -129,8 +200,8 @@ class FrechetLimit:
 
 
 def frechet_limit(
-    real: NDArray[np.floating],
-    synthetic: NDArray[np.floating],
+    real: Features,
+    synthetic: Features,
     seed: int,
     *,
     num_sizes: int = 6,
@@ -140,12 +211,24 @@ def frechet_limit(
 
     Chong and Forsyth 2020, section 4. Both sets shrink together, so both biases vanish. At each N
     `num_draws` random subsets are averaged.
+
+    Range and direction: about 0 to infinity, in squared units of the features; lower is better. It
+    is an extrapolation: of equal distributions it scatters around 0, below too.
+
+    Args:
+        real: features (n, dim).
+        synthetic: features (m, dim).
+        seed: of the subsets.
+        num_sizes: different N at most.
+        num_draws: subsets at each N.
+
+    Raises:
+        InputError: fewer than three samples on a side, or some are not finite.
     """
+    real, synthetic = checked_pair(real, synthetic, "FID_inf", MIN_LIMIT_SAMPLES)
     rng = np.random.default_rng(seed)
     total = min(len(real), len(synthetic))
     sizes = np.unique(np.linspace(max(2, total // 2), total, num_sizes).astype(int))
-    if len(sizes) < 2:
-        raise ValueError(f"FID_inf needs more than {total} samples a side")
 
     def drawn(size: int) -> float:
         x, y = (side[rng.permutation(len(side))[:size]] for side in (real, synthetic))

@@ -1,4 +1,4 @@
-"""Errors and likeness of paired images, and how Hounsfield units spread over tissues."""
+"""Errors of synthetic images against the real ones they were guided by, in 2D and 3D alike."""
 
 from __future__ import annotations
 
@@ -6,28 +6,39 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
-from raysynth.case import LUNG_LABELS, Label
+from raysynth.errors import InputError
+from raysynth.metrics.samples import require_finite
+
+Array = NDArray[np.float64]
+Hu = NDArray[np.int16] | NDArray[np.floating]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class SquaredError:
-    """Mean squared error of pairs.
+class PairedErrors:
+    """Mean errors of pairs.
 
     Attributes:
-        mse01: of intensities that the window maps to [0, 1].
-        mse_hu2: in squared Hounsfield units, `mse01 * (high - low)^2`.
+        mse01: mean squared error of intensities that the window maps to [0, 1], over all pixels
+            together; 0 to 1, lower is better.
+        mse_hu2: in squared Hounsfield units, `mse01 * (high - low)^2`; lower is better.
+        psnr_db: mean of the pairs' `psnr`; 0 to infinity, higher is better. Infinite as soon as one
+            pair is equal.
     """
 
     mse01: float
     mse_hu2: float
+    psnr_db: float
 
 
 class PairedError:
-    """Mean squared error of synthetic images against the real ones they were guided by.
+    """Mean squared error and PSNR of synthetic images against the real ones they were guided by.
 
-    Meaningful for paired tasks alone: a good sampler does not minimise it.
+    MSE `sum (x - y)^2 / n`, over all pixels of all pairs together; PSNR (Huynh-Thu and Ghanbari
+    2008), the mean over pairs. Ranges, units and directions: see `PairedErrors`; a lower MSE
+    and a higher PSNR are better. Meaningful for paired tasks alone: a good sampler does not
+    minimise it. Workers update their own and merge them in any order.
 
     Args:
         window_hu: HU are clipped to this range first.
@@ -38,159 +49,124 @@ class PairedError:
         self.count = 0
         self.total_hu2 = 0.0
         """Sum of squares: whole numbers for a window of whole HU, hence exact in any order."""
+        self.num_pairs = 0
+        self.total_db = 0.0
 
-    def update(
-        self,
-        real_hu: NDArray[np.int16],
-        synthetic_hu: NDArray[np.int16],
-        mask: NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Adds pairs of equal shape; `mask` of that shape restricts the pixels."""
-        assert real_hu.shape == synthetic_hu.shape
-        difference = np.clip(real_hu.astype(np.float64), *self.window_hu) - np.clip(
-            synthetic_hu.astype(np.float64), *self.window_hu
-        )
-        if mask is not None:
-            difference = difference[mask]
-        self.count += difference.size
-        self.total_hu2 += float(np.sum(difference**2))
+    def update(self, real_hu: Hu, synthetic_hu: Hu, mask: Mask | None = None) -> None:
+        """Adds pairs (n, y, x) or (n, z, y, x); `mask` of that shape restricts the pixels.
+
+        A pair of which the mask shows nothing has no PSNR and is left out of its mean.
+
+        Raises:
+            InputError: shapes differ, or there are voxels that are not finite.
+        """
+        squares, shown = _squares(real_hu, synthetic_hu, self.window_hu, mask, "MSE")
+        self.count += int(shown.sum())
+        self.total_hu2 += float(squares.sum())
+        seen = shown > 0
+        self.num_pairs += int(seen.sum())
+        self.total_db += float(_decibels(squares[seen] / shown[seen], self.window_hu).sum())
 
     def merge(self, other: PairedError) -> None:
         """Adds what another worker saw through the same window."""
         assert other.window_hu == self.window_hu
         self.count += other.count
         self.total_hu2 += other.total_hu2
+        self.num_pairs += other.num_pairs
+        self.total_db += other.total_db
 
-    def compute(self) -> SquaredError:
-        """The error of all pixels seen."""
+    def compute(self) -> PairedErrors:
+        """The errors of all pixels seen.
+
+        Raises:
+            InputError: there were none.
+        """
         if not self.count:
-            raise ValueError("no pixels were compared")
+            raise InputError("MSE needs at least 1 pixel, got 0: give pairs that the mask shows")
         low, high = self.window_hu
         mse_hu2 = self.total_hu2 / self.count
-        return SquaredError(mse_hu2 / (high - low) ** 2, mse_hu2)
+        return PairedErrors(mse_hu2 / (high - low) ** 2, mse_hu2, self.total_db / self.num_pairs)
 
 
-SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-"""Exponents of MS-SSIM from the finest scale on (Wang et al. 2003, section 3.2)."""
-
-SSIM_RADIUS, SSIM_SIGMA = 5, 1.5
-"""Of the Gaussian window, in pixels: 11 x 11 (Wang et al. 2004)."""
-
-
-def num_ssim_scales(size: int) -> int:
-    """Scales of MS-SSIM for images of `size` pixels: five from 176 on, one below 22.
-
-    Raises:
-        ValueError: even one window does not fit.
-    """
-    window = 2 * SSIM_RADIUS + 1
-    if size < window:
-        raise ValueError(f"SSIM of images of {size} pixels: its window needs {window}")
-    return min(len(SCALE_WEIGHTS), (size // window).bit_length())
-
-
-def ms_ssim(
-    one: NDArray[np.int16], other: NDArray[np.int16], window_hu: tuple[float, float]
+def psnr(
+    one: Hu, other: Hu, window_hu: tuple[float, float], mask: Mask | None = None
 ) -> NDArray[np.float64]:
-    """Multi-scale structural similarity of pairs (Wang et al. 2003, eq. 7); 1 only if equal.
+    """Peak signal-to-noise ratio of pairs, `10 log10(L^2 / MSE)` with the window's width as L.
 
-    Luminance enters at the coarsest scale alone. Where an image is too small for all five scales
-    (see `num_ssim_scales`), the exponents of those that fit are made to sum to 1 again, so values
-    compare at one size only. A structure term below 0 counts as 0.
+    Huynh-Thu and Ghanbari 2008. Range and direction: 0 dB to infinity, higher is better;
+    infinite for equal images. A wider window gives higher values: compare at one window alone.
 
     Args:
-        one: images (n, y, x).
+        one: images (n, y, x) or volumes (n, z, y, x).
         other: those they are compared with, of the same shape.
-        window_hu: HU are clipped to this range, whose width is the dynamic range L.
+        window_hu: HU are clipped to this range, whose width is L.
+        mask: of the same shape; None: all pixels count.
 
     Returns:
-        A value of each pair (n,), 0 to 1.
+        Decibels of each pair (n,).
+
+    Raises:
+        InputError: shapes differ, there are voxels that are not finite, or a mask shows none.
     """
-    assert one.shape == other.shape
+    squares, shown = _squares(one, other, window_hu, mask, "PSNR")
+    if not shown.all():
+        raise InputError(
+            f"PSNR needs at least 1 pixel a pair, got 0 of pair {np.argmin(shown)}: leave it out"
+        )
+    return _decibels(squares / shown, window_hu)
+
+
+def windowed_pair(
+    one: Hu, other: Hu, window_hu: tuple[float, float], metric: str
+) -> tuple[Array, Array]:
+    """Pairs of images clipped to a window, which becomes [0, 1].
+
+    Args:
+        one: images (n, y, x) or volumes (n, z, y, x).
+        other: of the same shape.
+        window_hu: (low, high).
+        metric: what they are for, for the message.
+
+    Raises:
+        InputError: shapes differ or are others, or there are voxels that are not finite.
+    """
     low, high = window_hu
-    x, y = (
-        (np.clip(image, low, high).astype(np.float64) - low) / (high - low)
-        for image in (one, other)
-    )
-    scales = num_ssim_scales(min(one.shape[1:]))
-    weights = np.array(SCALE_WEIGHTS[:scales]) / sum(SCALE_WEIGHTS[:scales])
-    value = np.ones(len(x))
-    for scale, weight in enumerate(weights, start=1):
-        luminance, structure = _ssim_parts(x, y)
-        terms = structure * luminance if scale == scales else structure
-        value *= np.maximum(terms.mean(axis=(1, 2)), 0) ** weight
-        x, y = _halved(x), _halved(y)
-    return value
+    x, y = _clipped_pair(one, other, window_hu, metric)
+    return (x - low) / (high - low), (y - low) / (high - low)
 
 
-def _ssim_parts(
-    x: NDArray[np.float64], y: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Luminance, and contrast times structure, at every place of the window; K1 .01, K2 .03."""
-    c1, c2 = 0.01**2, 0.03**2
-    mean_x, mean_y = _windowed(x), _windowed(y)
-    var_x, var_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
-    covariance = _windowed(x * y) - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return luminance, (2 * covariance + c2) / (var_x + var_y + c2)
+def _clipped_pair(
+    one: Hu, other: Hu, window_hu: tuple[float, float], metric: str
+) -> tuple[Array, Array]:
+    if one.shape != other.shape or one.ndim not in (3, 4):
+        raise InputError(
+            f"{metric} compares images (n, y, x) or volumes (n, z, y, x) of one shape, not "
+            f"{one.shape} and {other.shape}: crop or resample them first"
+        )
+    for images in (one, other):
+        require_finite(images, metric, "voxels")
+    # Clipped in their own type, then widened: what comes out is exact for whole HU.
+    x, y = (np.clip(images, *window_hu).astype(np.float64) for images in (one, other))
+    return x, y
 
 
-def _windowed(images: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gaussian means where the window lies inside the image."""
-    kernel = np.exp(-0.5 * (np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1) / SSIM_SIGMA) ** 2)
-    kernel /= kernel.sum()
-    for axis in (1, 2):
-        images = ndimage.correlate1d(images, kernel, axis=axis)
-    return images[:, SSIM_RADIUS:-SSIM_RADIUS, SSIM_RADIUS:-SSIM_RADIUS]
+def _squares(
+    one: Hu, other: Hu, window_hu: tuple[float, float], mask: Mask | None, metric: str
+) -> tuple[Array, NDArray[np.int64]]:
+    """Of each pair the sum of squared differences in HU, and over how many pixels (n,)."""
+    x, y = _clipped_pair(one, other, window_hu, metric)
+    places = tuple(range(1, x.ndim))
+    if mask is None:
+        shown = np.full(len(x), x[0].size if len(x) else 0, np.int64)
+        return ((x - y) ** 2).sum(axis=places), shown
+    if mask.shape != one.shape:
+        raise InputError(f"a mask {mask.shape} for images {one.shape}: give one of their shape")
+    shown = mask.sum(axis=places, dtype=np.int64)
+    return np.where(mask, (x - y) ** 2, 0).sum(axis=places), shown
 
 
-def _halved(images: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means of 2 x 2 pixels; an odd last row or column is left out."""
-    n, height, width = images.shape
-    even = images[:, : height // 2 * 2, : width // 2 * 2]
-    return even.reshape(n, height // 2, 2, width // 2, 2).mean(axis=(2, 4))
-
-
-TISSUES: dict[str, tuple[int, ...]] = {
-    "lung": tuple(LUNG_LABELS),
-    "body": (Label.BODY,),
-    "nodule": (Label.NODULE,),
-}
-"""Tissues by the labels of the requested (or annotated) layout."""
-
-HISTOGRAM_RANGE_HU = (-1200, 1200)
-HISTOGRAM_STEP_HU = 10
-
-
-def tissue_histograms(
-    hu: NDArray[np.int16], layout: NDArray[np.uint8]
-) -> dict[str, NDArray[np.float32]]:
-    """For each tissue the counts (n, bins) of its pixels' HU in each of n samples.
-
-    Counts add up, so they are features like any other: sum rows to merge. HU beyond
-    `HISTOGRAM_RANGE_HU` count in the outermost bins.
-    """
-    low, high = HISTOGRAM_RANGE_HU
-    num_bins = (high - low) // HISTOGRAM_STEP_HU
-    bins = (np.clip(hu, low, high - 1).astype(np.int32) - low) // HISTOGRAM_STEP_HU
-    sample = np.arange(len(hu)).reshape(-1, *[1] * (hu.ndim - 1))
-    place = sample * num_bins + bins
-    return {
-        tissue: np.bincount(place[np.isin(layout, labels)], minlength=len(hu) * num_bins)
-        .reshape(len(hu), num_bins)
-        .astype(np.float32)
-        for tissue, labels in TISSUES.items()
-    }
-
-
-def histogram_distance(real: NDArray[np.floating], synthetic: NDArray[np.floating]) -> float:
-    """How far, in HU, intensities must be moved on average to turn one histogram into the other.
-
-    The 1-Wasserstein distance of the pooled `tissue_histograms`, shapes (n, bins) and (m, bins);
-    NaN where one holds no pixel.
-    """
-    totals = [counts.sum(axis=0, dtype=np.float64) for counts in (real, synthetic)]
-    if not all(total.sum() for total in totals):
-        return float("nan")
-    real_cdf, synthetic_cdf = (np.cumsum(total / total.sum()) for total in totals)
-    return float(np.abs(real_cdf - synthetic_cdf).sum() * HISTOGRAM_STEP_HU)
+def _decibels(mse_hu2: Array, window_hu: tuple[float, float]) -> Array:
+    low, high = window_hu
+    with np.errstate(divide="ignore"):  # equal images have no error
+        decibels: Array = 10 * np.log10((high - low) ** 2 / mse_hu2)
+    return decibels

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.errors import InputError
+from raysynth.metrics.samples import Features, checked_features, checked_pair
+
 Array = NDArray[np.float64]
-Features = NDArray[np.floating]
+
+MIN_KERNEL_SAMPLES = 2
+"""Fewer form no pair within a set."""
 
 
 class FeatureTable:
@@ -47,7 +52,12 @@ class FeatureTable:
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """KID over subsets: their mean and their standard deviation."""
+    """KID over subsets.
+
+    Attributes:
+        mean: of the subsets; lower is better.
+        std: their standard deviation.
+    """
 
     mean: float
     std: float
@@ -66,10 +76,22 @@ def kernel_distance(
     Bińkowski et al. 2018, section 4. The defaults are torch-fidelity's, and so are the subsets.
     A set no larger than `subset_size` is used whole; where both are, the spread is 0 and says
     nothing.
+
+    Range and direction: no unit, about 0 to infinity; lower is better. It is unbiased, so that of
+    equal distributions it scatters around 0, below too, and does not depend on N.
+
+    Args:
+        real: features (n, dim).
+        synthetic: features (m, dim).
+        num_subsets: that the mean is taken over.
+        subset_size: samples of a side in each, drawn without replacement.
+        seed: of the drawing.
+
+    Raises:
+        InputError: fewer than two samples on a side, or some are not finite.
     """
+    real, synthetic = checked_pair(real, synthetic, "KID", MIN_KERNEL_SAMPLES)
     size = min(subset_size, len(real), len(synthetic))
-    if size < 2:
-        raise ValueError(f"KID needs at least 2 samples a side, not {size}")
     if size == len(real) == len(synthetic):
         num_subsets = 1
     # The legacy generator's stream is frozen, and torch-fidelity draws its subsets by it.
@@ -83,8 +105,19 @@ def kernel_distance(
 
 
 def cubic_mmd2(x: Features, y: Features) -> float:
-    """The unbiased squared MMD of two whole sets with KID's kernel."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
+    """The unbiased squared MMD of two whole sets with KID's kernel, `(x.y/dim + 1)^3`.
+
+    Gretton et al. 2012, eq. 3; Bińkowski et al. 2018, section 4. Range and direction as KID's:
+    about 0 to infinity, lower is better; small negative values are legitimate.
+
+    Args:
+        x: features (n, dim) of one set.
+        y: features (m, dim) of the other.
+
+    Raises:
+        InputError: fewer than two samples on a side, or some are not finite.
+    """
+    x, y = checked_pair(x, y, "KID", MIN_KERNEL_SAMPLES)
     dim = x.shape[1]
     return _unbiased(*((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))))
 
@@ -92,34 +125,47 @@ def cubic_mmd2(x: Features, y: Features) -> float:
 def gaussian_mmd2(x: Features, y: Features, bandwidth: float | None = None) -> float:
     """The unbiased squared MMD with the kernel `exp(-|a - b|^2 / bandwidth^2)`.
 
-    As published for HA-GAN (Sun et al. 2022, their code): no root is taken, the kernel has no
-    factor 2, and small negative values are legitimate.
+    Gretton et al. 2012, eq. 3, as published for HA-GAN (Sun et al. 2022, their code): no root is
+    taken, the kernel has no factor 2, and small negative values are legitimate.
+
+    Range and direction: no unit, about 0 to 2; lower is better, and equal distributions scatter
+    around 0.
 
     Args:
         x: features (n, dim) of one set.
         y: features (m, dim) of the other.
         bandwidth: None: `median_distance` of both sets together, as published. That changes with
             the data, so give `median_distance(real)` to compare models.
+
+    Raises:
+        InputError: fewer than two samples on a side, some not finite, or no bandwidth.
     """
+    x, y = checked_pair(x, y, "the MMD", MIN_KERNEL_SAMPLES)
     squared = _squared_distances(np.concatenate([x, y]))
     if bandwidth is None:
         bandwidth = _lower_median(squared) ** 0.5
     if bandwidth <= 0:
-        raise ValueError("the MMD's bandwidth is 0: more than half of the features are alike")
+        raise InputError(
+            f"the MMD's bandwidth is {bandwidth:g}: it must be above 0; more than half of the "
+            "features are alike"
+        )
     kernel = np.exp(squared / -(bandwidth**2))
     n = len(x)
     return _unbiased(kernel[:n, :n], kernel[n:, n:], kernel[:n, n:])
 
 
 def median_distance(features: Features) -> float:
-    """The lower median of the full matrix of Euclidean distances, zero diagonal included."""
+    """The lower median of the full matrix of Euclidean distances, zero diagonal included.
+
+    A bandwidth for `gaussian_mmd2`, in units of the features (n, dim); no figure to judge by.
+    """
+    features = checked_features(features, "the MMD", MIN_KERNEL_SAMPLES)
     return float(_lower_median(_squared_distances(features)) ** 0.5)
 
 
-def _squared_distances(features: Features) -> Array:
+def _squared_distances(features: Array) -> Array:
     """All squared Euclidean distances (n, n), by one matrix product in float64."""
-    values = np.asarray(features, dtype=np.float64)
-    values = values - values.mean(axis=0)  # near the origin less is lost in the difference
+    values = features - features.mean(axis=0)  # near the origin less is lost in the difference
     gram = values @ values.T
     norms = np.diagonal(gram)
     squared: Array = np.maximum(norms[:, None] + norms[None, :] - 2 * gram, 0)

@@ -121,6 +121,22 @@ BAD = {
         ["sampling.counterfactual={texture: [1, 6]}"],
         r"counterfactual.texture \(1, 6\): give two or more scores from 1 to 5",
     ),
+    "an extractor nobody knows": (
+        MINIMAL,
+        ["evaluation.extractors=[vgg]"],
+        "evaluation: extractors: no extractor 'vgg'; there are ct-conv, inception2048",
+    ),
+    "no extractor": (MINIMAL, ["evaluation.extractors=[]"], r"evaluation.extractors is \[\]"),
+    "one extractor twice": (
+        MINIMAL,
+        ["evaluation.extractors=[ct-conv, ct-conv]"],
+        "extractors ct-conv, ct-conv: name each once",
+    ),
+    "weights of who needs none": (
+        MINIMAL,
+        ["evaluation.extractor_weights.ct-conv=weights.pth"],
+        "extractor_weights.ct-conv: no extractor of that name takes weights",
+    ),
     "no signal at all": (DENOISING, ["model.snr_gamma=0"], "snr_gamma is 0"),
     "a list": ("- 1", [], "expected `key: value` sections, found list"),
     "units that crops lost": (
@@ -187,3 +203,19 @@ def test_every_published_recipe_has_a_tiny_sibling_of_the_same_structure(path: P
     same = ("conditioning", "context", "prediction_type", "schedule", "loss", "snr_gamma")
     for choice in (*same, "edge_map", "tuning"):
         assert getattr(tiny.model, choice, None) == getattr(config.model, choice, None)
+
+
+def test_weights_of_extractors_are_found_from_everywhere_and_told_to_nobody() -> None:
+    overrides = [
+        "evaluation.extractors=['torchvision:resnet18', 'module:mine.networks:build', ct-conv]",
+        "evaluation.extractor_weights.torchvision:resnet18=weights/resnet18.pth",
+        "evaluation.extractor_weights.inception2048=~/inception.pth",
+    ]
+    config = parse_recipe(MINIMAL, name="mine", overrides=overrides).absolute()
+    assert config.evaluation.extractor_weights == {
+        "torchvision:resnet18": Path.cwd() / "weights/resnet18.pth",
+        "inception2048": Path.home() / "inception.pth",
+    }
+    told = config.shareable()["evaluation"]
+    assert told["extractors"] == ["torchvision:resnet18", "module:mine.networks:build", "ct-conv"]
+    assert "extractor_weights" not in told

@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from raysynth.errors import InputError
+from raysynth.metrics import frechet
 from raysynth.metrics.frechet import (
     FeatureMoments,
     frechet_distance,
@@ -76,6 +78,61 @@ def test_extrapolation_removes_most_of_the_small_sample_bias() -> None:
     assert limit.slope > 0
 
 
-def test_one_sample_has_no_covariance() -> None:
-    with pytest.raises(ValueError, match="at least 2 samples, not 1"):
-        _moments(np.zeros((1, 4))).compute()
+@pytest.mark.parametrize("power", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize(("n", "m"), [(300, 250), (300, 40), (60, 60), (61, 400)])
+def test_every_spectrum_and_rank_agrees_with_the_square_root_of_a_matrix(
+    n: int, m: int, power: float
+) -> None:
+    from scipy.linalg import sqrtm
+
+    # A power of 4 leaves variances between 1 and 1e-14: the quick way steps aside there.
+    rng, dim = np.random.default_rng(4), 60
+    scale = np.arange(1.0, dim + 1) ** -power
+    mixing = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    x = rng.normal(size=(n, dim)) * scale @ mixing
+    y = (rng.normal(size=(m, dim)) * scale * 1.3 + scale) @ mixing
+    shift, (one, other) = x.mean(0) - y.mean(0), (np.cov(f, rowvar=False) for f in (x, y))
+    # The root of a singular product is inexact: its error is that of the square root of an ulp.
+    root = sqrtm(one @ other + 1e-13 * np.eye(dim)).real
+    expected = shift @ shift + np.trace(one + other) - 2 * np.trace(root)
+    of_features = frechet_distance_of(x, y)
+    assert of_features == pytest.approx(expected, rel=1e-4)
+    assert frechet_distance(_moments(x), _moments(y)) == pytest.approx(of_features, rel=1e-6)
+
+
+@pytest.mark.parametrize("dim", [20, 400])
+def test_the_exact_way_and_the_quick_one_agree(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    scale = np.arange(1.0, dim + 1) ** -0.5
+    x, y = (rng.normal(size=(2 * dim, dim)) * scale for _ in range(2))
+    quick = frechet_distance_of(x, y)
+    monkeypatch.setattr(frechet, "PRECISION", 0.0)
+    assert frechet_distance_of(x, y) == pytest.approx(quick, rel=1e-10)
+
+
+def test_constant_features_do_no_harm() -> None:
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(2, 200, 8))
+    without = frechet_distance_of(x, y)
+    x, y = (np.concatenate([side, np.ones((200, 3))], axis=1) for side in (x, y))
+    assert frechet_distance_of(x, y) == pytest.approx(without, rel=1e-9)
+    assert frechet_distance(_moments(x), _moments(y)) == pytest.approx(without, rel=1e-6)
+
+
+def test_what_means_nothing_is_refused() -> None:
+    one, many = np.zeros((1, 4)), np.zeros((9, 4))
+    with pytest.raises(InputError, match="at least 2 samples a side, got 1"):
+        _moments(one).compute()
+    with pytest.raises(InputError, match="at least 2 samples a side, got 1"):
+        frechet_distance_of(many, one)
+    with pytest.raises(InputError, match="FID_inf needs at least 3 samples a side, got 2"):
+        frechet_limit(many, many[:2], seed=0)
+    with pytest.raises(InputError, match="4 and 3 features a sample"):
+        frechet_distance_of(many, many[:, :3])
+    with pytest.raises(InputError, match="4 and 3 features a sample"):
+        frechet_distance(_moments(many), _moments(many[:, :3]))
+    many[2, 1] = np.inf
+    with pytest.raises(InputError, match=r"1 of 9 samples are not finite .* sample 2"):
+        _moments(many)
+    with pytest.raises(InputError, match=r"1 of 9 samples are not finite .* sample 2"):
+        frechet_distance_of(np.zeros((9, 4)), many)

@@ -4,6 +4,7 @@ import torch
 from scipy.stats import norm
 from torch_fidelity.metric_kid import kid_features_to_metric
 
+from raysynth.errors import InputError
 from raysynth.metrics.frechet import frechet_distance_of
 from raysynth.metrics.kernel import (
     FeatureTable,
@@ -77,13 +78,31 @@ def test_kid_is_unbiased_where_fid_is_not() -> None:
     assert np.mean(fid) > 30 * np.std(fid) / np.sqrt(len(fid))
 
 
-def test_a_table_does_not_depend_on_the_order_of_workers() -> None:
-    features = np.random.default_rng(4).normal(size=(10, 3)).astype(np.float32)
-    first, second = FeatureTable(), FeatureTable()
-    first.update(np.arange(6, 10), features[6:])
-    second.update(np.arange(3), features[:3])
-    second.update(np.arange(3, 6), features[3:6])
-    first.merge(second)
-    rows, merged = first.compute()
-    np.testing.assert_array_equal(rows, np.arange(10))
-    np.testing.assert_array_equal(merged, features)
+@pytest.mark.parametrize("num_parts", [1, 8, 64])
+def test_a_table_does_not_depend_on_the_order_of_workers(num_parts: int) -> None:
+    rng = np.random.default_rng(4)
+    features = rng.normal(size=(200, 3)).astype(np.float32)
+    merged = FeatureTable()
+    parts = np.array_split(np.arange(200), num_parts)
+    for part in rng.permutation(num_parts):
+        worker = FeatureTable()
+        worker.update(parts[part], features[parts[part]])
+        merged.merge(worker)
+    rows, found = merged.compute()
+    np.testing.assert_array_equal(rows, np.arange(200))
+    np.testing.assert_array_equal(found, features)
+
+
+def test_what_means_nothing_is_refused() -> None:
+    one, many = np.zeros((1, 3)), np.arange(30.0).reshape(10, 3)
+    with pytest.raises(InputError, match="KID needs at least 2 samples a side, got 1"):
+        kernel_distance(one, many)
+    with pytest.raises(InputError, match="KID needs at least 2 samples a side, got 1"):
+        cubic_mmd2(many, one)
+    with pytest.raises(InputError, match="MMD needs at least 2 samples a side, got 1"):
+        gaussian_mmd2(many, one)
+    with pytest.raises(InputError, match="bandwidth is 0: it must be above 0"):
+        gaussian_mmd2(np.zeros((5, 3)), np.zeros((5, 3)))
+    many[3] = np.nan
+    with pytest.raises(InputError, match=r"1 of 10 samples are not finite .* sample 3"):
+        median_distance(many)
