@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Features = NDArray[np.float32]
-Metric = Callable[[Features, Features], float]
-"""A distance of real features (n, dim) and others (m, dim)."""
+Metrics = Callable[[Features, Features], Sequence[float]]
+"""One or several figures of real features (n, dim) and others (m, dim)."""
 
 Interval = tuple[float, float]
 
@@ -75,10 +75,10 @@ class Arm:
         return self.take(np.isin(self.units, chosen))
 
 
-def subsample_interval(
-    metric: Metric, real: Arm, other: Arm, value: float, num_draws: int, seed: int
-) -> Interval:
-    """A 95 % interval of a metric, from halves of both arms drawn without replacement.
+def subsample_intervals(
+    metric: Metrics, real: Arm, other: Arm, values: Sequence[float], num_draws: int, seed: int
+) -> list[Interval]:
+    """95 % intervals of metrics, from halves of both arms drawn without replacement.
 
     A bootstrap draws samples twice, which alone moves FID upwards. Halves have no duplicates; their
     metric is biased too (they are smaller), so only its spread around its own mean is used. For a
@@ -87,22 +87,22 @@ def subsample_interval(
     (delete-d jackknife, Shao and Wu 1989).
 
     Args:
-        metric: the distance.
+        metric: the distances.
         real: the reference.
         other: what is judged.
-        value: the metric of the whole arms, around which the interval lies.
+        values: the metrics of the whole arms, around which the intervals lie.
         num_draws: halves drawn.
         seed: of the drawing.
     """
     rng = np.random.default_rng(seed)
-    values = np.array(
+    drawn = np.array(
         [metric(real.half(rng).features, other.half(rng).features) for _ in range(num_draws)]
     )
     units = min(len(np.unique(real.units)), len(np.unique(other.units)))
     half = units // 2
-    spread = (values - values.mean()) * np.sqrt(half / (units - half))
-    low, high = value + np.quantile(spread, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(low), float(high)
+    spread = (drawn - drawn.mean(axis=0)) * np.sqrt(half / (units - half))
+    lows, highs = values + np.quantile(spread, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
+    return [(float(low), float(high)) for low, high in zip(lows, highs, strict=True)]
 
 
 def patient_splits(

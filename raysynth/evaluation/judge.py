@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +14,15 @@ from raysynth.evaluation.intervals import (
     Features,
     Figure,
     Interval,
-    Metric,
+    Metrics,
     patient_splits,
-    subsample_interval,
+    subsample_intervals,
 )
 from raysynth.evaluation.measure import HISTOGRAMS, Place
 from raysynth.metrics.frechet import frechet_distance_of, frechet_limit
 from raysynth.metrics.histogram import histogram_distance
 from raysynth.metrics.kernel import cubic_mmd2, gaussian_mmd2, kernel_distance, median_distance
+from raysynth.metrics.manifold import manifold_overlap
 from raysynth.seeding import seed_of
 
 MIN_SAMPLES = 8
@@ -94,8 +95,13 @@ PASTED = "copy_paste"
 OF_NEIGHBOURS = ("fid", "kid")
 """What is computed once more where neighbouring slices are fewer than all else."""
 
-DISTANCES = ("fid", "kid", "mmd2", "mmd2_fixed")
+DISTANCES = ("fid", "kid", "mmd2", "mmd2_fixed", "overlap")
 """All that are computed of features; of histograms it is `hu_w1` alone."""
+
+OVERLAP = ("precision", "recall", "density", "coverage")
+"""What `overlap` stands for: four figures of one computation. Higher is better."""
+
+MAX_OVERLAP_SAMPLES = 2048
 
 
 def judge(
@@ -154,69 +160,76 @@ def _judge_at(
     distances: Sequence[str],
 ) -> dict[str, MetricResult]:
     region, extractor = place
-    results = {}
+    largest = {"fid": size, "hu_w1": size, "overlap": min(size, MAX_OVERLAP_SAMPLES)}
+    results: dict[str, MetricResult] = {}
     for name in ("hu_w1",) if extractor == HISTOGRAMS else distances:
-        n = size if name in ("fid", "hu_w1") else min(size, MAX_KERNEL_SAMPLES)
-        results[f"{name}/slice/{region}/{extractor}/{n}"] = _result(
-            name, n, arms, splits, num_draws, seed
-        )
+        n = largest.get(name, min(size, MAX_KERNEL_SAMPLES))
+        found = _results(name, n, arms, splits, num_draws, seed)
+        results |= {
+            f"{metric}/slice/{region}/{extractor}/{n}": result for metric, result in found.items()
+        }
     return results
 
 
-def _result(
+def _results(
     name: str, n: int, arms: Arms, splits: list[NDArray[np.bool_]], num_draws: int, seed: int
-) -> MetricResult:
-    """One metric at N samples a side."""
+) -> dict[str, MetricResult]:
+    """One distance, or the four figures of overlap, at N samples a side."""
     reference = arms.reference.draw(n, np.random.default_rng(seed))
     metric = distance_of(name, reference.features)
 
-    def figure(real: Arm, other: Arm) -> Figure:
-        value = metric(real.features, other.features)
-        interval = subsample_interval(metric, real, other, value, num_draws, seed)
-        return Figure(value, interval)
+    def figures(real: Arm, other: Arm) -> list[Figure]:
+        values = metric(real.features, other.features)
+        intervals = subsample_intervals(metric, real, other, values, num_draws, seed)
+        return [Figure(*one) for one in zip(values, intervals, strict=True)]
 
     drawn = {
         column: arm.draw(n, np.random.default_rng(seed)) for column, arm in arms.judged.items()
     }
-    synthetic = drawn.pop("synthetic")
-    own = figure(reference, synthetic)
-    columns = {column: figure(reference, arm) for column, arm in drawn.items()}
+    synthetic = drawn["synthetic"]
+    columns = {column: figures(reference, arm) for column, arm in drawn.items()}
     if arms.neighbours is not None and len(arms.neighbours[0]) >= n:
         # Both sides are drawn alike: who is drawn, is drawn with the slice beside it.
-        columns["neighbour"] = figure(
+        columns["neighbour"] = figures(
             *(side.draw(n, np.random.default_rng(seed)) for side in arms.neighbours)
         )
-    if (floor := _floor(metric, n, arms.real, splits, seed)) is not None:
+    if floor := _floor(metric, n, arms.real, splits, seed):
         columns["floor"] = floor
-    value, limit, subset_std = own.value, None, None
+    limit = subset_std = None
     if name == "fid" and n > MIN_SAMPLES:
         limit = frechet_limit(reference.features, synthetic.features, seed).value
     if name == "kid":
         kid = kernel_distance(reference.features, synthetic.features)
-        value, subset_std = kid.mean, kid.std
-    assert own.interval is not None
-    return MetricResult(
-        value=value,
-        interval=own.interval,
-        n=n,
-        dim=reference.features.shape[1],
-        columns=columns,
-        disjoint={
-            column: disjoint(own.interval, one.interval)
-            for column, one in columns.items()
-            if one.interval is not None
-        },
-        resampled=reference.resampled,
-        reference_patients=len(np.unique(reference.patients)),
-        limit=limit,
-        subset_std=subset_std,
-    )
+        columns["synthetic"] = [replace(columns["synthetic"][0], value=kid.mean)]
+        subset_std = kid.std
+    results = {}
+    for number, metric_name in enumerate(OVERLAP if name == "overlap" else (name,)):
+        beside = {column: of_column[number] for column, of_column in columns.items()}
+        own = beside.pop("synthetic")
+        assert own.interval is not None
+        results[metric_name] = MetricResult(
+            value=own.value,
+            interval=own.interval,
+            n=n,
+            dim=reference.features.shape[1],
+            columns=beside,
+            disjoint={
+                column: disjoint(own.interval, one.interval)
+                for column, one in beside.items()
+                if one.interval is not None
+            },
+            resampled=reference.resampled,
+            reference_patients=len(np.unique(reference.patients)),
+            limit=limit,
+            subset_std=subset_std,
+        )
+    return results
 
 
 def _floor(
-    metric: Metric, n: int, real: Arm, splits: list[NDArray[np.bool_]], seed: int
-) -> Figure | None:
-    """The metric of real samples against those of other patients; None: too few of them."""
+    metric: Metrics, n: int, real: Arm, splits: list[NDArray[np.bool_]], seed: int
+) -> list[Figure]:
+    """Figures of real samples against those of other patients; none for too few of them."""
     rng = np.random.default_rng(seed)
     floors = [
         metric(real.take(split).draw(n, rng).features, real.take(~split).draw(n, rng).features)
@@ -224,16 +237,23 @@ def _floor(
         if _smaller_side(split) >= n
     ]
     if not floors:
-        return None
-    mean = float(np.mean(floors))
+        return []
+    means = np.mean(floors, axis=0).tolist()
     if len(np.unique(real.patients)) < MIN_PATIENTS:  # too few ways to split
-        return Figure(mean, None)
-    low, high = np.quantile(floors, (0.025, 0.975))
-    return Figure(mean, (float(low), float(high)))
+        return [Figure(mean, None) for mean in means]
+    ends = np.quantile(floors, (0.025, 0.975), axis=0).T.tolist()
+    return [Figure(mean, (low, high)) for mean, (low, high) in zip(means, ends, strict=True)]
 
 
-def distance_of(name: str, reference: Features) -> Metric:
-    """A distance by its name, as figures of one reference are computed."""
+def distance_of(name: str, reference: Features) -> Metrics:
+    """A distance, or the figures of `OVERLAP`, as figures of one reference are computed."""
+    if name == "overlap":
+        return lambda real, other: astuple(manifold_overlap(real, other))
+    one = _distance_of(name, reference)
+    return lambda real, other: (one(real, other),)
+
+
+def _distance_of(name: str, reference: Features) -> Callable[[Features, Features], float]:
     match name:
         case "fid":
             return frechet_distance_of

@@ -332,7 +332,7 @@ def sensitivity_table(found: dict[str, Any]) -> list[list[str]]:
             key,
             f"{one['n']}",
             *(" → ".join(f"{v:.3g}" for v in one["curves"].get(kind, ())) or "-" for kind in kinds),
-            ", ".join(one["blind_to"]) or "grows with each",
+            ", ".join(one["blind_to"]) or "none of these",
         ]
         for key, one in answers.items()
     ]

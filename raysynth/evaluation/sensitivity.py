@@ -1,8 +1,8 @@
 """Does a metric see what it is trusted to see? Held-out patients, made worse by degrees.
 
 One half of the held-out patients is the reference, the other is blurred, made noisy, shifted in
-intensity, robbed of its nodules or of some of its modes. A metric that does not grow with each of
-these on real patients is no evidence of anything, so it gets into no headline.
+intensity, robbed of its nodules or of some of its modes. A metric that does not become worse with
+each of these on real patients is no evidence of anything, so it gets into no headline.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from raysynth.case import LUNG_LABELS, Label
 from raysynth.config import EvaluationConfig
-from raysynth.evaluation.judge import DISTANCES, MIN_SAMPLES, distance_of
+from raysynth.evaluation.judge import DISTANCES, MIN_SAMPLES, OVERLAP, distance_of
 from raysynth.evaluation.measure import Computed, Place, told
 from raysynth.evaluation.regions import GENERATED, cut_regions
 from raysynth.evaluation.sets import load_extractors
@@ -64,7 +64,7 @@ class Sensitivity:
         n: samples on either side.
         curves: the metric by degradation: undegraded, then at each of `LEVELS`; means over
             `NUM_SPLITS` halvings of the patients.
-        blind_to: degradations with which it does not grow at every step.
+        blind_to: degradations with which it does not become worse at every step.
     """
 
     n: int
@@ -121,8 +121,9 @@ def sensitivity(
         halves = _halves(patients[rows][shown], rng)
         if min(len(side) for half in halves for side in half) >= MIN_SAMPLES:
             worsened = _worsened(place, found)
-            for metric in DISTANCES:
-                answers[f"{metric}/slice/{place[0]}/{place[1]}"] = _answer(metric, worsened, halves)
+            for group in DISTANCES:
+                for metric, answer in _answers(group, worsened, halves).items():
+                    answers[f"{metric}/slice/{place[0]}/{place[1]}"] = answer
     return answers
 
 
@@ -144,7 +145,7 @@ def standing(key: str, answers: Mapping[str, Sensitivity], phantoms: bool) -> st
     if answer is None:
         return "not tested: too few held-out patients"
     if answer.blind_to:
-        return f"not evidence: does not grow with {', '.join(answer.blind_to)}"
+        return f"not evidence: blind to {', '.join(answer.blind_to)}"
     return EVIDENCE
 
 
@@ -195,24 +196,29 @@ def _worsened(
     }
 
 
-def _answer(
-    metric: str,
+def _answers(
+    group: str,
     worsened: Mapping[str, Sequence[NDArray[np.float32]]],
     halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
-) -> Sensitivity:
+) -> dict[str, Sensitivity]:
     """Means over the halves: one split alone is nearer or further by chance."""
     plain = worsened["blur"][0]
-    rows: dict[str, list[list[float]]] = {kind: [] for kind in (*worsened, DROPPING)}
+    rows: dict[str, list[list[Sequence[float]]]] = {kind: [] for kind in (*worsened, DROPPING)}
     for one, other in halves:
         reference = plain[one]
-        distance = distance_of(metric, reference)
+        distance = distance_of(group, reference)
         for kind, steps in worsened.items():
             rows[kind].append([distance(reference, features[other]) for features in steps])
         left = [_without_modes(plain[other], share) for share in LEVELS[DROPPING]]
         rows[DROPPING].append([distance(reference, one) for one in (plain[other], *left)])
-    curves = {kind: tuple(np.mean(values, axis=0).tolist()) for kind, values in rows.items()}
-    blind = [kind for kind, values in curves.items() if not np.all(np.diff(values) > 0)]
-    return Sensitivity(len(halves[0][0]), curves, tuple(blind))
+    means = {kind: np.mean(values, axis=0) for kind, values in rows.items()}  # (steps, metrics)
+    answers = {}
+    for number, metric in enumerate(OVERLAP if group == "overlap" else (group,)):
+        worse = -1 if metric in OVERLAP else 1
+        curves = {kind: tuple(steps[:, number].tolist()) for kind, steps in means.items()}
+        blind = [kind for kind, steps in curves.items() if not np.all(worse * np.diff(steps) > 0)]
+        answers[metric] = Sensitivity(len(halves[0][0]), curves, tuple(blind))
+    return answers
 
 
 def _blurred(half: _HeldOut, sigma_px: float) -> NDArray[np.int16]:

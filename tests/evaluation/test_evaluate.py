@@ -14,6 +14,7 @@ from raysynth.case import CONDITION_COLUMNS, Split
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
 from raysynth.evaluation.evaluate import EvaluationSummary, evaluate
+from raysynth.evaluation.judge import OVERLAP
 from raysynth.evaluation.sweep_report import sweep_section
 from raysynth.phantom.patient import phantom_case
 from raysynth.preprocess.slices import cut_slices, plan_slices
@@ -189,7 +190,7 @@ def test_every_region_has_every_metric(summary: EvaluationSummary) -> None:
     measured = {tuple(key.split("/")[i] for i in (0, 2, 3)) for key in summary.metrics}
     distances = {
         (metric, region, "ct-conv@1")
-        for metric in ("fid", "kid", "mmd2", "mmd2_fixed")
+        for metric in ("fid", "kid", "mmd2", "mmd2_fixed", *OVERLAP)
         for region in ("all", "lung", "nodule16")
     }
     tissues = {("hu_w1", tissue, "histogram@1") for tissue in ("lung", "body", "nodule")}

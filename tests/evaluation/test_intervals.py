@@ -6,7 +6,7 @@ from raysynth.evaluation.intervals import (
     Arm,
     correlation,
     patient_splits,
-    subsample_interval,
+    subsample_intervals,
     wilson,
 )
 
@@ -15,8 +15,8 @@ def _arm(values: np.ndarray, samples_per_patient: int = 1) -> Arm:
     return Arm(values.astype(np.float32)[:, None], np.arange(len(values)) // samples_per_patient)
 
 
-def _shift(real: np.ndarray, other: np.ndarray) -> float:
-    return float(other.mean() - real.mean())
+def _shift(real: np.ndarray, other: np.ndarray) -> tuple[float]:
+    return (float(other.mean() - real.mean()),)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -25,7 +25,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     for trial in range(120):
         real, other = _arm(rng.normal(size=60)), _arm(rng.normal(size=60) + 1)
         value = _shift(real.features, other.features)
-        low, high = subsample_interval(_shift, real, other, value, 60, seed=trial)
+        ((low, high),) = subsample_intervals(_shift, real, other, value, 60, seed=trial)
         covered += low <= 1 <= high
     assert 0.88 <= covered / 120 <= 0.99
 
@@ -38,7 +38,7 @@ def test_patients_that_differ_widen_the_interval() -> None:
     widths = []
     for samples_per_patient in (1, 20):
         real = _arm(values, samples_per_patient)
-        low, high = subsample_interval(_shift, real, other, 0.0, 200, seed=0)
+        ((low, high),) = subsample_intervals(_shift, real, other, (0.0,), 200, seed=0)
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
 
