@@ -14,6 +14,8 @@ from raysynth.evaluation.intervals import LEVEL, MIN_PATIENTS, Interval
 from raysynth.evaluation.measure import Computed
 from raysynth.evaluation.regions import GENERATED, MASKED
 from raysynth.layout.morphology import Mask
+from raysynth.metrics.image import PairedError
+from raysynth.metrics.similarity import PairedSimilarity
 from raysynth.sampling.hosts import plan_inpainting
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet
@@ -50,6 +52,9 @@ class FillQuality:
             share of the host's at the same places. 1: the border cannot be told by its step; more:
             it shows; less: it is blurred.
         seam_interval: 95 %, bootstrap of patients (of slices where they are few).
+        mse_hu2: of the pixels in the holes against the host's own. The host's tissue is one of many
+            that would fit: the mean of all has the least error, and is the worst picture.
+        ssim: of the whole slices, most of which are copied.
     """
 
     n: int
@@ -57,6 +62,8 @@ class FillQuality:
     known: int
     seam: float | None
     seam_interval: Interval | None
+    mse_hu2: float
+    ssim: float
 
 
 def read_holes(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> Holes:
@@ -92,17 +99,21 @@ def fill_quality(
     """
     changed = 0
     steps = np.zeros((samples.count, 2))
+    errors, similarity = PairedError(window_hu), PairedSimilarity(window_hu)
     block = max(1, PIXELS_AT_ONCE // int(np.prod(samples.shape)))
     for start in range(0, samples.count, block):
         rows = slice(start, min(start + block, samples.count))
         hu = samples.read("hu", rows.start, rows.stop)
         hole, known_hu = holes.hole[rows], holes.known_hu[rows]
         changed += int(np.count_nonzero((hu != known_hu) & ~hole))
+        errors.update(known_hu, hu, hole)
+        similarity.update(known_hu, hu)
         for column, image in enumerate((hu, known_hu)):
             steps[rows, column] = border_steps(np.clip(image, *window_hu), hole)
     seam, interval = _ratio(steps, patients)
     known = int(np.count_nonzero(~holes.hole[: samples.count]))
-    return FillQuality(samples.count, changed, known, seam, interval)
+    mse_hu2, ssim = errors.compute().mse_hu2, similarity.compute().ssim
+    return FillQuality(samples.count, changed, known, seam, interval, mse_hu2, ssim)
 
 
 def border_steps(image: NDArray[np.number], hole: Mask) -> NDArray[np.float64]:

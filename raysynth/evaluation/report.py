@@ -406,11 +406,18 @@ def _fills(found: dict[str, Any]) -> list[list[str]]:
     if not found["fills"]:
         return []
     rows = [
-        [text, _changed(found["fills"][name]), _seam(found["fills"][name])]
+        [
+            text,
+            _changed(found["fills"][name]),
+            _seam(found["fills"][name]),
+            f"{found['fills'][name]['mse_hu2'] ** 0.5:.0f} HU",
+            f"{found['fills'][name]['ssim']:.3f}",
+        ]
         for name, text in FILLED.items()
         if name in found["fills"]
     ]
-    return [["", "pixels changed outside the hole", "step across its border"], *rows]
+    heading = ["", "pixels changed outside the hole", "step across its border"]
+    return [[*heading, "root mean squared error in the hole", "SSIM of the slice"], *rows]
 
 
 def fill_texts(fills: dict[str, Any]) -> list[str]:
