@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from raysynth.config import ExperimentConfig, HoleFilling
 from raysynth.evaluation.fills import with_generated
 from raysynth.evaluation.intervals import Arm
-from raysynth.evaluation.judge import Arms, MetricResult, judge
+from raysynth.evaluation.judge import PASTED, Arms, MetricResult, judge
 from raysynth.evaluation.measure import Computed, Place
 from raysynth.evaluation.references import neighbour_pairs, next_to
 from raysynth.store.reader import SampleSet
@@ -42,13 +42,9 @@ def judge_places(
     if fills:
         shown["real"] = with_generated(shown["real"])
     elif (sets["synthetic"].index["box"] < 0).any():
-        shown = {
-            name: found | _by_nodule(found, sets[name]) if name in sets else found
-            for name, found in shown.items()
-        }
-        for (region, extractor), found in computed.get("copy_paste", {}).items():
-            if region == "all":
-                shown["copy_paste"] = shown["copy_paste"] | {("all_nodule", extractor): found}
+        boxed = {name: samples.index["box"][:, 0] >= 0 for name, samples in sets.items()}
+        boxed[PASTED] = np.ones(len(patients.get(PASTED, ())), bool)
+        shown = {name: found | _by_nodule(found, boxed[name]) for name, found in shown.items()}
 
     def arm(name: str, place: Place) -> Arm:
         rows, features = shown[name][place]
@@ -77,9 +73,8 @@ def judge_places(
     return results
 
 
-def _by_nodule(computed: Computed, samples: SampleSet) -> Computed:
+def _by_nodule(computed: Computed, boxed: NDArray[np.bool_]) -> Computed:
     """Whole slices once more: those with a nodule (or asked for one), and the others."""
-    boxed = samples.index["box"][:, 0] >= 0
     return {
         (f"all_{kind}", extractor): (rows[mask[rows]], features[mask[rows]])
         for (region, extractor), (rows, features) in computed.items()

@@ -36,7 +36,7 @@ from raysynth.evaluation.consistency import (
 )
 from raysynth.evaluation.distances import judge_places
 from raysynth.evaluation.fills import FillQuality, fill_quality, read_holes
-from raysynth.evaluation.judge import MetricResult
+from raysynth.evaluation.judge import PASTED, MetricResult
 from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place, told
 from raysynth.evaluation.notices import notices_of
 from raysynth.evaluation.references import measure_pasted
@@ -148,7 +148,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     if hole is None and config.evaluation.controls:
         wanted = config.evaluation.num_control_samples or sets["synthetic"].count
         pasted, hosts = measure_pasted(sets["real"], patients["real"], wanted, config.evaluation)
-        computed["copy_paste"], patients["copy_paste"] = pasted.compute(), hosts
+        computed[PASTED], patients[PASTED] = pasted.compute(), hosts
     shown = {name: told(found, intensity) for name, found in computed.items()}
     metrics = judge_places(shown, sets, patients, is_reference, config)
     counts = {
