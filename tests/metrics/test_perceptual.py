@@ -104,9 +104,7 @@ def test_published_heads_fit(name: LpipsNetwork, files, real_data: Path) -> None
 
 def test_files_that_are_missing_or_others_are_refused(files, tmp_path: Path) -> None:
     backbone, heads = files["alex"]
-    with pytest.raises(
-        InputError, match=r"needs the ImageNet .* alexnet, but its backbone is"
-    ):
+    with pytest.raises(InputError, match=r"needs the ImageNet .* alexnet, but its backbone is"):
         Lpips("alex", None, heads)
     with pytest.raises(InputError, match=r"vgg16, but there is no file .*vgg16\.pth"):
         Lpips("vgg", tmp_path / "vgg16.pth", heads)
