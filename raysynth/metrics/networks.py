@@ -47,7 +47,7 @@ class Inception2048:
     def __init__(self, weights: Path | None) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = named_file(weights, "inception2048", f"{INCEPTION_FILE} from {INCEPTION_URL}")
+        path = _file_of("inception2048", weights, f"{INCEPTION_FILE} from {INCEPTION_URL}")
         digest = digest_of(path)
         # torch-fidelity unpickles what it is given, so it is given nothing else.
         if not digest.startswith(INCEPTION_SHA256_START):
@@ -91,7 +91,7 @@ class MedicalNet50:
     def __init__(self, weights: Path | None) -> None:
         from monai.networks.nets.resnet import resnet50
 
-        path = named_file(weights, "medicalnet50", MEDICALNET_WANTED)
+        path = _file_of("medicalnet50", weights, MEDICALNET_WANTED)
         self.name = f"medicalnet50@{version_of(path)}"
         self._network = resnet50(
             spatial_dims=3,
@@ -145,7 +145,7 @@ class Torchvision:
                 f"extractor torchvision:{model}: torchvision has no such classifier; name one of "
                 "torchvision.models.list_models(), such as resnet50"
             )
-        path = named_file(weights, f"torchvision:{model}", f"weights of torchvision's {model}")
+        path = _file_of(f"torchvision:{model}", weights, f"weights of torchvision's {model}")
         self.name = f"torchvision-{model}@{version_of(path)}"
         network = models.get_model(model, weights=None)
         linear = [
@@ -179,6 +179,11 @@ class Torchvision:
                 computed = self._network(_as_imagenet(grey))
             features[start : start + len(grey)] = computed.numpy()
         return features
+
+
+def _file_of(name: str, weights: Path | None, wanted: str) -> Path:
+    setting = f"evaluation.extractor_weights.{name}"
+    return named_file(weights, f"extractor {name}", wanted, setting)
 
 
 def _as_imagenet(grey: torch.Tensor) -> torch.Tensor:

@@ -13,23 +13,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def named_file(path: Path | None, name: str, wanted: str) -> Path:
+def named_file(path: Path | None, who: str, wanted: str, setting: str) -> Path:
     """The file of weights that something needs.
 
     Args:
         path: given for it; None: there is none.
-        name: of the extractor (or network), the key in `evaluation.extractor_weights`.
+        who: needs it.
         wanted: what file that would be, and where it comes from.
+        setting: what shall name the file.
 
     Raises:
         InputError: there is none; the message says which is wanted.
     """
     if path is None or not path.is_file():
-        place = f"evaluation.extractor_weights has no {name}" if path is None else f"no file {path}"
-        raise InputError(
-            f"extractor {name} needs {wanted}, but {place}: set "
-            f"evaluation.extractor_weights.{name} to the file"
-        )
+        found = f"{setting} is not set" if path is None else f"there is no file {path}"
+        raise InputError(f"{who} needs {wanted}, but {found}: set {setting} to the file")
     return path
 
 

@@ -96,10 +96,10 @@ def test_medicalnet_takes_volumes(medicalnet) -> None:
     ],
 )
 def test_missing_weights_say_which_file_and_where(name: str, wanted: str, tmp_path: Path) -> None:
-    where = rf"set evaluation\.extractor_weights\.{name} to the file"
-    with pytest.raises(InputError, match=rf"needs {wanted}.* has no {name}: {where}"):
+    where = rf"evaluation\.extractor_weights\.{name}"
+    with pytest.raises(InputError, match=rf"needs {wanted}.* {where} is not set: set {where} to"):
         load_extractor(name)
-    with pytest.raises(InputError, match=rf"needs {wanted}.* no file .*weights\.pth: {where}"):
+    with pytest.raises(InputError, match=rf"needs {wanted}.* no file .*weights\.pth: set {where}"):
         _loaded(name, tmp_path / "weights.pth")
 
 
