@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 
+BUNDLE_PREFIX = "bundle:"
+"""Begins the names of extractors that raysynth trained; the bundle's path follows."""
+
+EXTRACTORS = rf"^(ct-conv|inception2048|{BUNDLE_PREFIX}.+)$"
+
 
 class EvaluationConfig(Section):
     """Metrics, their regions and controls."""
 
-    extractors: tuple[Literal["ct-conv", "inception2048"], ...] = ("ct-conv",)
-    """`ct-conv` is built in. `inception2048` needs torch-fidelity's weights on disk."""
+    extractors: tuple[Annotated[str, Field(pattern=EXTRACTORS)], ...] = ("ct-conv",)
+    """`ct-conv` is built in. `inception2048` needs torch-fidelity's weights on disk. `bundle:PATH`
+    is an extractor that an extractor recipe trained; a relative path starts at work_dir."""
     inception_weights: Path | None = None
     """torch-fidelity's Inception weights: the file weights-inception-2015-12-05-6726825d.pth."""
     num_bootstrap: int = Field(200, ge=2)

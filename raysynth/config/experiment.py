@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 from raysynth.config.data import DataConfig, SliceSamples
-from raysynth.config.evaluation import EvaluationConfig
+from raysynth.config.evaluation import BUNDLE_PREFIX, EvaluationConfig
 from raysynth.config.model import (
     Diffusion,
     FromFolder,
@@ -101,6 +101,8 @@ class ExperimentConfig(Section):
         source = source.model_copy(
             update={name: _absolute(path) for name, path in given.items() if path is not None}
         )
+        extractors = tuple(map(self._extractor, evaluation.extractors))
+        evaluation = evaluation.model_copy(update={"extractors": extractors})
         if evaluation.inception_weights is not None:
             weights = {"inception_weights": _absolute(evaluation.inception_weights)}
             evaluation = evaluation.model_copy(update=weights)
@@ -134,7 +136,18 @@ class ExperimentConfig(Section):
             "model": {"autoencoder", "pretrained", "network", "networks"},
             "evaluation": {"inception_weights"},
         }
-        return self.model_dump(mode="json", exclude=local)
+        shared = self.model_dump(mode="json", exclude=local)
+        shared["evaluation"]["extractors"] = [
+            name if path is None else f"{BUNDLE_PREFIX}{path.name}"
+            for name in self.evaluation.extractors
+            for path in [_bundle_of(name)]
+        ]
+        return shared
+
+    def _extractor(self, name: str) -> str:
+        """An extractor's name; if it is a bundle's, with the path from the root on."""
+        path = _bundle_of(name)
+        return name if path is None else f"{BUNDLE_PREFIX}{_absolute(self.work_dir / path)}"
 
     @model_validator(mode="after")
     def _learns_something(self) -> ExperimentConfig:
@@ -220,6 +233,12 @@ class ExperimentConfig(Section):
                 f"downsampling: use {near}, or fewer levels in model.channels"
             )
         return self
+
+
+def _bundle_of(extractor: str) -> Path | None:
+    """The path in the name of an extractor that is a bundle's."""
+    path = extractor.removeprefix(BUNDLE_PREFIX)
+    return None if path == extractor else Path(path).expanduser()
 
 
 def _absolute(path: Path) -> Path:

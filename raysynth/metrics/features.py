@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.config.evaluation import BUNDLE_PREFIX
 from raysynth.errors import InputError
 from raysynth.window import LUNG_WINDOW_HU
 
@@ -41,18 +42,25 @@ class Extractor(Protocol):
 
 
 def load_extractor(name: str, inception_weights: Path | None = None) -> Extractor:
-    """An extractor by its name in a recipe, `ct-conv` or `inception2048`.
+    """An extractor by its name in a recipe: `ct-conv`, `inception2048` or `bundle:PATH`.
 
     Raises:
-        InputError: unknown name, or Inception's weights are absent or another file.
+        InputError: unknown name, Inception's weights are absent or another file, or the bundle is
+            absent or another model's.
     """
     match name:
         case "ct-conv":
             return CtConv()
         case "inception2048":
             return Inception2048(_checked_weights(inception_weights))
+        case _ if name.startswith(BUNDLE_PREFIX):
+            from raysynth.metrics.domain import Domain
+
+            return Domain(Path(name.removeprefix(BUNDLE_PREFIX)))
         case _:
-            raise InputError(f"no extractor {name!r}; there are ct-conv and inception2048")
+            raise InputError(
+                f"no extractor {name!r}; there are ct-conv, inception2048 and bundle:PATH"
+            )
 
 
 class CtConv:
