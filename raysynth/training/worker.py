@@ -152,6 +152,11 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
     latents, digest = None, None
     if isinstance(config.model, OfLatents):
         facts = read_facts(config.autoencoder_path)
+        if facts.autoencoder_config is None:
+            raise InputError(
+                f"bundle {config.autoencoder_path} is a {facts.model.family}, which has no "
+                "latents: give model.autoencoder the bundle of an autoencoder"
+            )
         cells = facts.latent_shape[1]
         if isinstance(config.model, StableDiffusionConfig):
             _check_latents(config.model, facts, config.autoencoder_path)
