@@ -13,6 +13,7 @@ from raysynth.config.data import DataConfig, SliceSamples
 from raysynth.config.evaluation import BUNDLE_PREFIX, EvaluationConfig
 from raysynth.config.model import (
     Diffusion,
+    ExtractorConfig,
     FromFolder,
     HoleFilling,
     ModelConfig,
@@ -155,6 +156,17 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"training.max_seen_samples 0 with model.family {self.model.family}: only weights "
                 "that are pretrained are of use without training"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shows_spread(self) -> ExperimentConfig:
+        training = self.training
+        together = training.micro_batch_size or training.local_batch_size
+        if isinstance(self.model, ExtractorConfig) and together < 2:
+            raise ValueError(
+                f"{together} sample a forward pass with model.family extractor: it learns from "
+                "the spread of several; raise training.micro_batch_size or global_batch_size"
             )
         return self
 

@@ -28,6 +28,7 @@ class Domain:
     bit, on which slices it is computed with.
     """
 
+    spatial_dims = 2
     batch_size = 32
 
     def __init__(self, path: Path) -> None:

@@ -11,6 +11,8 @@ from torch.nn import functional
 from raysynth.config.model import ExtractorConfig
 from raysynth.models.vicreg import covariance, invariance, variance
 
+Conv = type[nn.Conv2d] | type[nn.Conv3d]
+
 NUM_DEGRADATIONS = 3
 """Blur, noise and shift (`raysynth.training.views`)."""
 
@@ -25,7 +27,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ExtractorConfig, spatial_dims: int = 2) -> None:
         super().__init__()
-        conv = {2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims]
+        conv: Conv = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
         first, *_ = config.channels
         # A border of zeros would be an edge that no image has.
         self.levels = nn.ModuleList([conv(1, first, 3, padding=1, padding_mode="replicate")])
@@ -51,13 +53,14 @@ class Encoder(nn.Module):
 
     def project(self, pooled: Tensor) -> Tensor:
         """Features of what `pool` gives; in training by the spread of this batch."""
-        return self.last(self.norm(pooled))
+        features: Tensor = self.last(self.norm(pooled))
+        return features
 
 
 class _Residual(nn.Module):
     """Two convolutions beside the identity (He et al. 2016, pre-activation)."""
 
-    def __init__(self, conv: type[nn.Conv2d | nn.Conv3d], width: int, config: ExtractorConfig):
+    def __init__(self, conv: Conv, width: int, config: ExtractorConfig) -> None:
         super().__init__()
         self.branch = nn.Sequential()
         for _ in range(2):
@@ -66,7 +69,8 @@ class _Residual(nn.Module):
             self.branch.append(conv(width, width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
+        changed: Tensor = x + self.branch(x)
+        return changed
 
 
 class SelfTaughtEncoder(nn.Module):

@@ -77,12 +77,12 @@ BAD = {
         ["sampling.prior=independent", "sampling.cohort={texture: {solid: 1.0}}"],
         "prior independent draws sizes and scores by itself: leave out cohort",
     ),
-    "an extractor that is none": (
-        MINIMAL,
-        ["evaluation.extractors=[ct-cone]"],
-        "evaluation.extractors.0 is 'ct-cone'",
-    ),
     "an extractor without levels": ("model: {family: extractor, channels: []}", [], "channels"),
+    "an extractor of single slices": (
+        "model: {family: extractor}",
+        ["training.micro_batch_size=1"],
+        "1 sample a forward pass with model.family extractor: .*; raise training.micro_batch_size",
+    ),
     "widths of no groups": (
         "model: {family: extractor, channels: [12]}",
         [],
