@@ -10,12 +10,16 @@ from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 
+BUNDLE_PREFIX = "bundle:"
+"""Begins the names of extractors that raysynth trained; the bundle's path follows."""
+
 EXTRACTOR_NAMES = (
-    "ct-conv, inception2048, medicalnet50, torchvision:MODEL and module:PACKAGE.NAME:FUNCTION"
+    "ct-conv, bundle:PATH, inception2048, medicalnet50, torchvision:MODEL and "
+    "module:PACKAGE.NAME:FUNCTION"
 )
 """As a recipe can name extractors."""
 
-_WITHOUT_WEIGHTS = re.compile(r"ct-conv|module:[\w.]+:\w+")
+_WITHOUT_WEIGHTS = re.compile(rf"ct-conv|{BUNDLE_PREFIX}.+|module:[\w.]+:\w+")
 _WITH_WEIGHTS = re.compile(r"inception2048|medicalnet50|torchvision:\w+")
 
 
@@ -23,7 +27,8 @@ class EvaluationConfig(Section):
     """Metrics, their regions and controls."""
 
     extractors: tuple[str, ...] = Field(("ct-conv",), min_length=1)
-    """What features are compared: `EXTRACTOR_NAMES`. `ct-conv` is built in; a module of the user's
+    """What features are compared: `EXTRACTOR_NAMES`. `ct-conv` is built in; `bundle:PATH` was
+    trained by an extractor recipe, and a relative path starts at work_dir; a module of the user's
     brings its own weights; the others need a file of weights each. `medicalnet50` takes volumes."""
     extractor_weights: dict[str, Path] = Field(default_factory=dict)
     """File of weights by extractor, for example `inception2048`: torch-fidelity's

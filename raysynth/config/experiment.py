@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 from raysynth.config.data import DataConfig, SliceSamples
-from raysynth.config.evaluation import EvaluationConfig
+from raysynth.config.evaluation import BUNDLE_PREFIX, EvaluationConfig
 from raysynth.config.model import (
     Diffusion,
+    ExtractorConfig,
     FromFolder,
     HoleFilling,
     ModelConfig,
@@ -111,7 +112,10 @@ class ExperimentConfig(Section):
             update={name: _absolute(path) for name, path in given.items() if path is not None}
         )
         weights = {name: _absolute(file) for name, file in evaluation.extractor_weights.items()}
-        evaluation = evaluation.model_copy(update={"extractor_weights": weights})
+        extractors = tuple(map(self._extractor, evaluation.extractors))
+        evaluation = evaluation.model_copy(
+            update={"extractor_weights": weights, "extractors": extractors}
+        )
         model = self.model
         if isinstance(model, FromFolder):
             model = model.model_copy(update={"pretrained": _absolute(model.pretrained)})
@@ -147,7 +151,18 @@ class ExperimentConfig(Section):
             "model": {"autoencoder", "pretrained", "network", "networks"},
             "evaluation": {"extractor_weights"},
         }
-        return self.model_dump(mode="json", exclude=local)
+        shared = self.model_dump(mode="json", exclude=local)
+        shared["evaluation"]["extractors"] = [
+            name if path is None else f"{BUNDLE_PREFIX}{path.name}"
+            for name in self.evaluation.extractors
+            for path in [_bundle_of(name)]
+        ]
+        return shared
+
+    def _extractor(self, name: str) -> str:
+        """An extractor's name; if it is a bundle's, with the path from the root on."""
+        path = _bundle_of(name)
+        return name if path is None else f"{BUNDLE_PREFIX}{_absolute(self.work_dir / path)}"
 
     @model_validator(mode="after")
     def _bundle_is_there(self) -> ExperimentConfig:
@@ -163,6 +178,17 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"training.max_seen_samples 0 with model.family {self.model.family}: only weights "
                 "that are pretrained are of use without training"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shows_spread(self) -> ExperimentConfig:
+        training = self.training
+        together = training.micro_batch_size or training.local_batch_size
+        if isinstance(self.model, ExtractorConfig) and together < 2:
+            raise ValueError(
+                f"{together} sample a forward pass with model.family extractor: it learns from "
+                "the spread of several; raise training.micro_batch_size or global_batch_size"
             )
         return self
 
@@ -241,6 +267,12 @@ class ExperimentConfig(Section):
                 f"downsampling: use {near}, or fewer levels in model.channels"
             )
         return self
+
+
+def _bundle_of(extractor: str) -> Path | None:
+    """The path in the name of an extractor that is a bundle's."""
+    path = extractor.removeprefix(BUNDLE_PREFIX)
+    return None if path == extractor else Path(path).expanduser()
 
 
 def _absolute(path: Path) -> Path:

@@ -343,6 +343,44 @@ class Pix2PixConfig(Gan, HoleFilling):
         return int(2 ** (len(self.channels) - 1))
 
 
+class ExtractorConfig(OfImages):
+    """An encoder of slices that learns from them alone: a metric's features of this domain.
+
+    It draws nothing. `channels` has one entry a level, each level halves; slices may have any size
+    of 16 or more.
+    """
+
+    family: Literal["extractor"] = "extractor"
+    channels: tuple[PositiveInt, ...] = Field((32, 64, 128, 256), min_length=1, max_length=5)
+    num_res_blocks: int = Field(1, ge=1)
+    norm_num_groups: int = Field(8, ge=1)
+    feature_dim: int = Field(96, ge=2)
+    """Length of a feature vector. Fréchet distances need several times as many samples."""
+    embedding_dim: int = Field(256, ge=2)
+    """Width of the expander between features and VICReg's loss; training alone has it."""
+    invariance_weight: float = Field(25.0, ge=0)
+    variance_weight: float = Field(25.0, ge=0)
+    covariance_weight: float = Field(1.0, ge=0)
+    """These three as published (Bardes, Ponce and LeCun 2022, section 4.1)."""
+    degradation_weight: float = Field(25.0, ge=0)
+    """Of the error in telling blur, noise and shift from the features (ours)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ExtractorConfig:
+        for width in self.channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"channels {self.channels}: {width} is not a multiple of "
+                    f"norm_num_groups {self.norm_num_groups}"
+                )
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Slices need not be divisible by anything."""
+        return 1
+
+
 DiffusionConfig = (
     LatentDiffusionConfig
     | TextDiffusionConfig
@@ -362,7 +400,7 @@ def hears_scores(model: Section) -> bool:
 GanConfig = SpadeGanConfig | Pix2PixConfig
 
 ModelConfig = Annotated[
-    AutoencoderConfig | DiffusionConfig | GanConfig,
+    AutoencoderConfig | DiffusionConfig | GanConfig | ExtractorConfig,
     Field(discriminator="family"),
 ]
 

@@ -122,8 +122,8 @@ def _check(config: ExperimentConfig, autoencoder: Bundle, samples: SampleSet) ->
     trained_as = autoencoder.facts.autoencoder_config
     if trained_as is None:
         raise InputError(
-            f"bundle {config.autoencoder_path} is a {autoencoder.config.family}, which works on "
-            "pixels: give model.autoencoder the bundle of an autoencoder"
+            f"bundle {config.autoencoder_path} is a {autoencoder.config.family}, which has no "
+            "latents: give model.autoencoder the bundle of an autoencoder"
         )
     factor = trained_as.downsampling
     for what, trained, given in (

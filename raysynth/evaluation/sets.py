@@ -17,6 +17,7 @@ from raysynth.config.sampling import DRAWING
 from raysynth.errors import InputError
 from raysynth.evaluation.measure import Measures
 from raysynth.layout.morphology import Mask
+from raysynth.metrics.domain import check_intensity
 from raysynth.metrics.features import Extractor, load_extractor
 from raysynth.models.bundle import bundle_digest
 from raysynth.progress import progress
@@ -51,6 +52,7 @@ def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet
             f"{name} {real.attrs['intensity']!r}: evaluate with the set that the model was trained "
             "on"
         )
+    check_intensity(config.evaluation.extractors, real.attrs["intensity"])
     if real.shape != synthetic.shape or not np.isclose(real.pixel_mm, synthetic.pixel_mm):
         raise InputError(
             f"synthetic/{config.name} has slices of {synthetic.shape} pixels of "

@@ -46,13 +46,17 @@ def load_extractor(name: str, weights: Mapping[str, Path] | None = None) -> Extr
         weights: `evaluation.extractor_weights`, the files of weights by extractor.
 
     Raises:
-        InputError: unknown name, weights that are absent or another network's, or a module of the
-            user's that gives no extractor.
+        InputError: unknown name, weights or a bundle that are absent or another network's, or a
+            module of the user's that gives no extractor.
     """
     file = (weights or {}).get(name)
     match name.partition(":"):
         case "ct-conv", "", _:
             return CtConv()
+        case "bundle", ":", path:
+            from raysynth.metrics.domain import Domain
+
+            return Domain(Path(path))
         case "inception2048", "", _:
             from raysynth.metrics.networks import Inception2048
 

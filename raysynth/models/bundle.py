@@ -1,9 +1,9 @@
 """A bundle: the folder that holds a trained model and the facts about it.
 
 `bundle.json` (the facts), `autoencoder.safetensors` (not for models of pixels),
-`denoiser.safetensors` or `generator.safetensors` (diffusion models and GANs; EMA weights),
-`tokenizer.json` (of Stable Diffusion) and `card.md`. Loading one runs no code, needs nothing from
-outside the folder, and other files in it are never opened.
+`denoiser.safetensors`, `generator.safetensors` or `encoder.safetensors` (diffusion models, GANs and
+extractors; EMA weights), `tokenizer.json` (of Stable Diffusion) and `card.md`. Loading one runs no
+code, needs nothing from outside the folder, and other files in it are never opened.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from raysynth.config.data import SliceSamples
 from raysynth.config.model import (
     Diffusion,
     DiffusionConfig,
+    ExtractorConfig,
     Gan,
     GanConfig,
     ModelConfig,
@@ -37,12 +38,13 @@ from raysynth.config.model import (
 from raysynth.errors import InputError
 from raysynth.models.autoencoder import Autoencoder, build_autoencoder
 from raysynth.models.denoiser import Denoiser, build_denoiser
+from raysynth.models.encoder import Encoder
 from raysynth.models.facts import AUTOENCODER, DENOISER, SCHEMA, BundleFacts, model_card
 from raysynth.models.gan import Generator, build_generator
 from raysynth.models.space import LatentSpace, PixelSpace, Space
 
 FACTS, CARD, TOKENIZER = "bundle.json", "card.md", "tokenizer.json"
-GENERATOR = "generator.safetensors"
+GENERATOR, ENCODER = "generator.safetensors", "encoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Bundle:
         autoencoder: with its weights, in evaluation mode; None for a model of pixels.
         denoiser: likewise; None but for diffusion models.
         generator: likewise; None but for GANs.
+        encoder: likewise; None but for extractors.
         tokenizer: likewise; None but for Stable Diffusion.
         digest: names the bundle: SHA-256 over its files, in hex.
     """
@@ -62,6 +65,7 @@ class Bundle:
     autoencoder: Autoencoder | None
     denoiser: Denoiser | None
     generator: Generator | None
+    encoder: Encoder | None
     tokenizer: Tokenizer | None
     digest: str
 
@@ -126,6 +130,7 @@ def save_bundle(
     autoencoder: Mapping[str, Tensor] | None = None,
     denoiser: Mapping[str, Tensor] | None = None,
     generator: Mapping[str, Tensor] | None = None,
+    encoder: Mapping[str, Tensor] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> str:
     """Writes a bundle, whole or not at all; an older one at `path` is replaced.
@@ -133,9 +138,10 @@ def save_bundle(
     Args:
         path: the bundle's folder; its name becomes the card's title.
         facts: what to say about it.
-        autoencoder: the autoencoder's `state_dict`; None for a model of pixels.
+        autoencoder: the autoencoder's `state_dict`; None for a model of pixels, or an extractor.
         denoiser: a diffusion model's (averaged) `state_dict`.
         generator: a GAN's.
+        encoder: an extractor's.
         tokenizer: Stable Diffusion's.
 
     Returns:
@@ -143,6 +149,7 @@ def save_bundle(
     """
     assert (denoiser is not None) == isinstance(facts.model, Diffusion)
     assert (generator is not None) == isinstance(facts.model, Gan)
+    assert (encoder is not None) == isinstance(facts.model, ExtractorConfig)
     assert (tokenizer is not None) == isinstance(facts.model, StableDiffusionConfig)
     assert (autoencoder is not None) == (facts.autoencoder_config is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +160,12 @@ def save_bundle(
     try:
         (scratch / FACTS).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (scratch / CARD).write_text(model_card(facts, path.name), encoding="utf-8")
-        files = {AUTOENCODER: autoencoder, DENOISER: denoiser, GENERATOR: generator}
+        files = {
+            AUTOENCODER: autoencoder,
+            DENOISER: denoiser,
+            GENERATOR: generator,
+            ENCODER: encoder,
+        }
         for name, weights in files.items():
             if weights is not None:
                 _save_weights(scratch / name, weights)
@@ -180,7 +192,7 @@ def load_bundle(path: Path) -> Bundle:
         InputError: no bundle there, of an unknown schema, incomplete, or not matching its facts.
     """
     facts = read_facts(path)
-    autoencoder, denoiser, generator, tokenizer = None, None, None, None
+    autoencoder, denoiser, generator, encoder, tokenizer = (None,) * 5
     if facts.autoencoder_config is not None:
         autoencoder = build_autoencoder(facts.autoencoder_config)
         _load_weights(autoencoder, path, AUTOENCODER)
@@ -193,7 +205,11 @@ def load_bundle(path: Path) -> Bundle:
     if isinstance(facts.model, Gan):
         generator = build_generator(facts.model, facts.samples.size)
         _load_weights(generator, path, GENERATOR)
-    return Bundle(facts, autoencoder, denoiser, generator, tokenizer, bundle_digest(path))
+    if isinstance(facts.model, ExtractorConfig):
+        encoder = Encoder(facts.model)
+        _load_weights(encoder, path, ENCODER)
+    digest = bundle_digest(path)
+    return Bundle(facts, autoencoder, denoiser, generator, encoder, tokenizer, digest)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -240,7 +256,7 @@ def read_facts(path: Path) -> BundleFacts:
 
 def bundle_digest(path: Path) -> str:
     """SHA-256 over names and bytes of the bundle's own files."""
-    return files_digest(path, (FACTS, CARD, DENOISER, GENERATOR, AUTOENCODER, TOKENIZER))
+    return files_digest(path, (FACTS, CARD, DENOISER, GENERATOR, ENCODER, AUTOENCODER, TOKENIZER))
 
 
 def files_digest(path: Path, names: Iterable[str]) -> str:

@@ -16,7 +16,10 @@ from raysynth.config.data import SliceSamples
 from raysynth.config.model import (
     AutoencoderConfig,
     AutoencoderKLConfig,
+    Diffusion,
+    ExtractorConfig,
     FromFolder,
+    Gan,
     ModelConfig,
     OfLatents,
     SpadeGanConfig,
@@ -123,6 +126,11 @@ class BundleFacts(Section):
         return self.autoencoder
 
     @property
+    def draws(self) -> bool:
+        """Whether the model draws images: neither autoencoders nor extractors do."""
+        return isinstance(self.model, Diffusion | Gan)
+
+    @property
     def window_hu(self) -> Window:
         """HU that the networks see as -1 and 1."""
         if isinstance(self.model, OfLatents):
@@ -158,6 +166,37 @@ def _left_out(model: ModelConfig) -> str:
     return ""
 
 
+def _purpose(model: ModelConfig) -> str:
+    """What the model is for, and not for, as a paragraph of the card."""
+    if isinstance(model, ExtractorConfig):
+        return (
+            "**Research only. Not a medical device. This model turns slices into features by which "
+            "sets of them\nare compared; no feature says anything of a patient's health.**"
+        )
+    return (
+        "**Research only. Not a medical device. Whatever this model draws is synthetic: it shows "
+        "no patient,\nmust stay marked as synthetic, and must not be used for diagnosis.**"
+    )
+
+
+def _limits(facts: BundleFacts) -> str:
+    """What this kind of model cannot do, as lines of the card."""
+    low, high = facts.window_hu
+    if isinstance(facts.model, ExtractorConfig):
+        return (
+            "- It learned from the training patients: judge by others, as `evaluate` does on this "
+            "store.\n"
+            f"- Windows clip: it sees no difference outside [{low:g}, {high:g}].\n"
+            "- Distances by it compare with none by other features, nor by another bundle.\n"
+        )
+    return (
+        f"- Windows clip: nothing outside [{low:g}, {high:g}] can appear.\n"
+        "- Slices are drawn one by one: neighbours do not form a volume.\n"
+        "- It may reproduce training images; nothing here has tested that.\n"
+        "- Small nodules cover few cells; see the adherence figures for what is really drawn.\n"
+    )
+
+
 def model_card(facts: BundleFacts, name: str) -> str:
     """The model card, in Markdown."""
     samples, (low, high) = facts.samples, facts.window_hu
@@ -186,8 +225,7 @@ def model_card(facts: BundleFacts, name: str) -> str:
 
 A `{facts.model.family}` model of axial lung-CT slices, trained with raysynth.
 
-**Research only. Not a medical device. Whatever this model draws is synthetic: it shows no patient,
-must stay marked as synthetic, and must not be used for diagnosis.**
+{_purpose(facts.model)}
 
 ## What it handles
 
@@ -211,8 +249,4 @@ must stay marked as synthetic, and must not be used for diagnosis.**
 ## Limits
 
 - It has seen one data set and knows its scanners, protocols and population alone.
-- Windows clip: nothing outside [{low:g}, {high:g}] can appear.
-- Slices are drawn one by one: neighbours do not form a volume.
-- It may reproduce training images; nothing here has tested that.
-- Small nodules cover few cells; see the adherence figures for what is really drawn.
-"""
+{_limits(facts)}"""

@@ -285,9 +285,10 @@ def _sample_set(config: ExperimentConfig) -> SampleSet:
 def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
     """The digest of the recipe's bundle, which must draw what the sample set holds."""
     facts = read_facts(config.bundle_path)
-    if facts.autoencoder_config == facts.model:
+    if not facts.draws:
         raise InputError(
-            f"bundle {config.bundle_path} is a {facts.model.family}: an autoencoder draws nothing"
+            f"bundle {config.bundle_path} is a {facts.model.family}, which draws nothing by itself:"
+            " use the recipe of a diffusion model or a GAN"
         )
     for what, of_bundle, of_set in (
         ("samples of size", facts.samples.size, samples.shape[-1]),

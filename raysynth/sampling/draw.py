@@ -47,7 +47,7 @@ class SliceSampler:
             seed: of the recipe; an untrained network's weights follow from it.
 
         Raises:
-            InputError: no bundle there, or an autoencoder's.
+            InputError: no bundle there, or one of an autoencoder or extractor.
         """
         self.sampling = sampling
         self.seed = seed
@@ -56,8 +56,11 @@ class SliceSampler:
             torch.set_num_threads(sampling.threads_per_actor)
         self.bundle_path = bundle_path
         self.facts = read_facts(bundle_path)
-        if self.facts.autoencoder_config == self.facts.model:
-            raise InputError(f"bundle {bundle_path} is an autoencoder: it draws nothing by itself")
+        if not self.facts.draws:
+            raise InputError(
+                f"bundle {bundle_path} is a {self.facts.model.family}, which draws nothing by "
+                "itself: give that of a diffusion model or a GAN"
+            )
         self._engines: dict[tuple[bool, bool], SamplingEngine] = {}
         self._generators: dict[bool, Generator] = {}
 

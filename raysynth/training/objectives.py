@@ -29,10 +29,12 @@ from raysynth.layout.holes import draw_hole, labels_of
 from raysynth.models.autoencoder import Autoencoder
 from raysynth.models.conditioner import ConditionBatch
 from raysynth.models.denoiser import Denoiser
+from raysynth.models.encoder import SelfTaughtEncoder
 from raysynth.models.gan import Adversaries, AutoencoderAdversaries
 from raysynth.models.space import PixelSpace, Space
 from raysynth.prompt import NO_NODULE, place_of, write_prompt
 from raysynth.seeding import seed_of
+from raysynth.training.views import NUM_UNIFORM, draw_views
 from raysynth.window import normalize
 
 Batch = dict[str, NDArray[Any]]
@@ -258,6 +260,49 @@ class AdversarialObjective:
         condition = with_holes(condition, batch, self.config, self.seed)
         images = self.space.x_0(torch.from_numpy(batch["hu"]).to(device))
         return images, condition.to(device)
+
+
+class SelfTaughtObjective:
+    """Learn features of slices without labels, to judge other slices by.
+
+    The terms of a batch are not the mean of its parts': VICReg looks at the spread of all features
+    that are computed together.
+    """
+
+    columns = ("hu", "box")
+
+    def __init__(
+        self, network: SelfTaughtEncoder, window_hu: tuple[float, float], seed: int
+    ) -> None:
+        """Binds a network to its window.
+
+        Args:
+            network: what is trained.
+            window_hu: HU of -1 and 1.
+            seed: the recipe's.
+        """
+        self.module = network
+        self.space, self.seed = PixelSpace(window_hu), seed
+
+    def loss(self, module: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """The terms of the module, and their sum."""
+        images = self._images(batch, device)
+        draws = draw(self.seed, batch["position"], NUM_UNIFORM, tuple(images.shape[1:]))
+        box = torch.from_numpy(batch["box"]).to(device)
+        views = draw_views(images, box, draws.uniform.to(device), draws.noise.to(device))
+        terms = module(views.view, views.other, views.degraded, views.strengths)
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+    def preview(self, module: Any, batch: Batch, device: torch.device) -> Tensor:
+        """Slices above those of the batch whose features are the nearest."""
+        images = self._images(batch, device)
+        features = module.encoder(images).float()
+        distances = torch.cdist(features, features).fill_diagonal_(torch.inf)
+        nearest = images[distances[:NUM_PREVIEWED].argmin(dim=1)]
+        return _grid([images[:NUM_PREVIEWED], nearest])
+
+    def _images(self, batch: Batch, device: torch.device) -> Tensor:
+        return self.space.x_0(torch.from_numpy(batch["hu"]).to(device))
 
 
 def with_holes(

@@ -18,6 +18,7 @@ from raysynth.config import (
     AutoencoderKLConfig,
     Diffusion,
     ExperimentConfig,
+    ExtractorConfig,
     FromFolder,
     Gan,
     OfLatents,
@@ -32,6 +33,7 @@ from raysynth.errors import InputError
 from raysynth.models.autoencoder import Autoencoder, VQAutoencoder, build_autoencoder
 from raysynth.models.bundle import bundle_digest, load_bundle, read_facts, save_bundle
 from raysynth.models.denoiser import Denoiser, StableDenoiser, build_denoiser
+from raysynth.models.encoder import SelfTaughtEncoder
 from raysynth.models.facts import BundleFacts
 from raysynth.models.gan import Adversaries, AutoencoderAdversaries, build_adversaries
 from raysynth.models.pretrained import (
@@ -56,6 +58,7 @@ from raysynth.training.objectives import (
     AutoencoderObjective,
     DiffusionObjective,
     Objective,
+    SelfTaughtObjective,
 )
 from raysynth.window import normalize
 
@@ -149,6 +152,11 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
     latents, digest = None, None
     if isinstance(config.model, OfLatents):
         facts = read_facts(config.autoencoder_path)
+        if facts.autoencoder_config is None:
+            raise InputError(
+                f"bundle {config.autoencoder_path} is a {facts.model.family}, which has no "
+                "latents: give model.autoencoder the bundle of an autoencoder"
+            )
         cells = facts.latent_shape[1]
         if isinstance(config.model, StableDiffusionConfig):
             _check_latents(config.model, facts, config.autoencoder_path)
@@ -269,6 +277,8 @@ def build_objective(
         if isinstance(model, Gan):
             adversaries = build_adversaries(model, config.slices.size)
             return AdversarialObjective(adversaries, config=model, seed=config.seed)
+        if isinstance(model, ExtractorConfig):
+            return SelfTaughtObjective(SelfTaughtEncoder(model), model.window_hu, config.seed)
         if not isinstance(model, Diffusion):
             cells = config.slices.size // model.downsampling
             shape = (model.latent_channels, cells, cells)
@@ -328,10 +338,12 @@ def _save_bundle(
     autoencoder, latent_scale = None, 1.0
     trained, tokenizer = outcome.weights, None
     if isinstance(objective.module, Adversaries):
-        trained = _of_generator(trained)
+        trained = _of_part("generator", trained)
     weights: dict[str, dict[str, Tensor]] = {"autoencoder": trained}
     if isinstance(objective, AdversarialObjective):
         weights = {"generator": trained}
+    if isinstance(objective, SelfTaughtObjective):
+        weights = {"encoder": _of_part("encoder", trained)}
     if isinstance(objective, DiffusionObjective):
         weights = {"denoiser": outcome.weights}
         if isinstance(objective.module, StableDenoiser):
@@ -357,12 +369,10 @@ def _save_bundle(
     return save_bundle(config.bundle_path, facts, **weights, tokenizer=tokenizer)
 
 
-def _of_generator(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Its part of both networks' weights: the discriminator has done its work."""
-    own = "generator."
-    return {
-        name.removeprefix(own): tensor for name, tensor in weights.items() if name.startswith(own)
-    }
+def _of_part(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Its part of all the weights: a discriminator, or an expander, has done its work."""
+    own = f"{name}."
+    return {key.removeprefix(own): tensor for key, tensor in weights.items() if key.startswith(own)}
 
 
 def _run_identity(config: ExperimentConfig, plan: RunPlan) -> dict[str, str | float | None]:

@@ -77,6 +77,17 @@ BAD = {
         ["sampling.prior=independent", "sampling.cohort={texture: {solid: 1.0}}"],
         "prior independent draws sizes and scores by itself: leave out cohort",
     ),
+    "an extractor without levels": ("model: {family: extractor, channels: []}", [], "channels"),
+    "an extractor of single slices": (
+        "model: {family: extractor}",
+        ["training.micro_batch_size=1"],
+        "1 sample a forward pass with model.family extractor: .*; raise training.micro_batch_size",
+    ),
+    "widths of no groups": (
+        "model: {family: extractor, channels: [12]}",
+        [],
+        r"channels \(12,\): 12 is not a multiple of norm_num_groups 8",
+    ),
     "one scale is no sweep": (
         DENOISING,
         ["evaluation.guidance_scales=[3]"],
@@ -172,6 +183,16 @@ def test_flows_are_drawn_by_every_deterministic_sampler(prediction_type: str, sa
     asked = [*FLOW, f"model.prediction_type={prediction_type}", f"sampling.sampler={sampler}"]
     config = parse_recipe(DENOISING, name="x", overrides=asked)
     assert config.sampling.sampler == sampler
+
+
+def test_bundles_of_extractors_lie_in_the_work_dir_and_are_shared_by_name() -> None:
+    asked = ["work_dir=/runs/x", "evaluation.extractors=[ct-conv, 'bundle:bundles/mine']"]
+    config = parse_recipe(MINIMAL, name="x", overrides=asked)
+    absolute = config.absolute()
+    assert absolute.evaluation.extractors == ("ct-conv", "bundle:/runs/x/bundles/mine")
+    assert absolute.absolute() == absolute
+    for one in (config, absolute):
+        assert one.shareable()["evaluation"]["extractors"] == ["ct-conv", "bundle:mine"]
 
 
 def test_a_missing_file_names_itself() -> None:

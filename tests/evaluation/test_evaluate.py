@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import zarr
 
 from raysynth.case import CONDITION_COLUMNS, Split
-from raysynth.config import ExperimentConfig
+from raysynth.config import ExperimentConfig, ExtractorConfig
 from raysynth.errors import InputError
 from raysynth.evaluation.evaluate import EvaluationSummary, evaluate
 from raysynth.evaluation.judge import OVERLAP
@@ -30,6 +31,7 @@ from raysynth.store.writer import (
 from raysynth.volume import RELATIVE_RANGE
 from raysynth.window import LUNG_WINDOW_HU, denormalize, normalize
 from storage_schema.v1 import SPLITS, sample_set, synthetic_run
+from tests.metrics.test_domain import save_extractor
 
 pytestmark = pytest.mark.ray
 
@@ -286,6 +288,24 @@ def test_greys_without_a_unit_are_judged_under_another_key(
     mixed = config.model_copy(update={"data": data})
     with pytest.raises(InputError, match="synthetic/tiny has intensity 'hu', samples/greys"):
         evaluate(mixed)
+
+
+def test_a_bundle_of_the_store_may_judge(config: ExperimentConfig, local_ray: None) -> None:
+    learned = ExtractorConfig(channels=(8, 16), feature_dim=6, window_hu=(-1000.0, 400.0))
+    save_extractor(config.work_dir / "bundles" / "features", learned)
+    asked = {"extractors": ("bundle:bundles/features",), "guidance_scales": ()}
+    evaluation = config.evaluation.model_copy(update=asked)
+    config = config.model_copy(update={"evaluation": evaluation}).absolute()
+    judged = evaluate(config)
+    (extractor,) = {key.split("/")[3] for key in judged.metrics} - {"histogram@1"}
+    assert re.fullmatch(r"domain-features@[0-9a-f]{8}", extractor)
+    for region in ("all", "lung", "nodule16"):
+        distance = _of(judged, f"fid/slice/{region}/")
+        assert distance.value < distance.untrained
+    samples = config.slices.model_copy(update={"name": "greys"})
+    data = config.data.model_copy(update={"samples": samples})
+    with pytest.raises(InputError, match="features learned on intensity 'hu', the samples have"):
+        evaluate(config.model_copy(update={"name": "greys", "data": data}))
 
 
 def test_the_file_holds_the_summary(summary: EvaluationSummary) -> None:

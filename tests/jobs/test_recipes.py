@@ -117,6 +117,20 @@ def test_a_system_runs_to_its_report(work_dir: Path, name: str) -> None:
         _judge(name, work_dir)
 
 
+def test_an_extractor_of_the_domain_judges(work_dir: Path) -> None:
+    name, features = "luna16_semantic_tiny", "lidc_extractor_tiny"
+    run("train", features, work_dir)
+    for verb in ("train", "synthesize"):
+        run(verb, name, work_dir)
+    run("evaluate", name, work_dir, f"evaluation.extractors=[ct-conv, 'bundle:bundles/{features}']")
+    judged = json.loads((work_dir / "evaluation" / f"{name}.json").read_text())
+    learned = {key for key in judged["metrics"] if "/domain-lidc_extractor_tiny@" in key}
+    assert {key.split("/")[0] for key in learned} >= {"fid", "kid"}
+    assert all(math.isfinite(judged["metrics"][key]["value"]) for key in learned)
+    with pytest.raises(AssertionError):  # the command says why and ends with an error
+        run("synthesize", features, work_dir)
+
+
 def test_recipes_are_compared(work_dir: Path) -> None:
     names = ("luna16_semantic_tiny", "luna16_spade_gan_tiny")
     recipes = [str(RECIPES / f"{name}.yaml") for name in names]

@@ -37,6 +37,13 @@ AUTOENCODER = {
     "norm_num_groups": 4,
     "latent_channels": 2,
 }
+EXTRACTOR = {
+    "family": "extractor",
+    "window_hu": (-1000, 400),
+    "channels": (8, 16),
+    "feature_dim": 6,
+    "embedding_dim": 12,
+}
 DIFFUSION = {
     "family": "latent_diffusion",
     "autoencoder": "bundles/ae",

@@ -16,12 +16,14 @@ import torch
 from filelock import FileLock
 
 from raysynth.config import ExperimentConfig
+from raysynth.data.encode import encode
 from raysynth.errors import InputError
 from raysynth.models.bundle import load_bundle
+from raysynth.sampling.draw import SliceSampler
 from raysynth.training.history import History, read_history
 from raysynth.training.launch import _ray_worker, train
 from tests.store.conftest import make_store
-from tests.training.conftest import AUTOENCODER, DIFFUSION, recipe
+from tests.training.conftest import AUTOENCODER, DIFFUSION, EXTRACTOR, recipe
 
 
 def test_an_autoencoder_becomes_a_bundle(trained: Path) -> None:
@@ -40,6 +42,33 @@ def test_a_discriminator_trains_an_autoencoder_and_is_gone(trained: Path) -> Non
     assert {"reconstruction", "kl", "generator", "discriminator"} <= logged.keys()
     sharp, plain = (load_bundle(trained / "bundles" / name).autoencoder for name in ("sharp", "ae"))
     assert sharp.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_an_extractor_keeps_its_encoder_alone(trained: Path) -> None:
+    config = recipe(trained, "features", EXTRACTOR)
+    logged = read_history(train(config).history)[-1]
+    assert {"invariance", "variance", "covariance", "degradation"} <= logged.keys()
+    bundle = load_bundle(config.bundle_path)
+    assert (bundle.autoencoder, bundle.denoiser, bundle.generator) == (None,) * 3
+    assert bundle.encoder is not None
+    files = sorted(file.name for file in config.bundle_path.iterdir())
+    assert files == ["bundle.json", "card.md", "encoder.safetensors"]
+    assert bundle.facts.snapshot != ""
+    assert "draws" not in (config.bundle_path / "card.md").read_text()
+    # What its normalisation measured is kept beside the weights.
+    assert bundle.encoder.norm.running_mean.abs().min() > 0
+
+
+def test_an_extractor_neither_draws_nor_encodes(trained: Path) -> None:
+    config = recipe(trained, "no_latents", EXTRACTOR)
+    train(config)
+    with pytest.raises(InputError, match="no_latents is a extractor, which draws nothing"):
+        SliceSampler(config.bundle_path, config.sampling, seed=0)
+    latent = recipe(trained, "ldm_of_it", DIFFUSION | {"autoencoder": "bundles/no_latents"})
+    with pytest.raises(InputError, match="no_latents is a extractor, which has no latents"):
+        train(latent)
+    with pytest.raises(InputError, match="no_latents is a extractor, which has no latents"):
+        encode(latent)
 
 
 def test_a_diffusion_model_takes_its_autoencoder_along(trained: Path) -> None:

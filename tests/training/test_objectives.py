@@ -7,19 +7,26 @@ import pytest
 import torch
 
 from raysynth.case import ATTRIBUTES, CONDITION_COLUMNS, Label
-from raysynth.config import InpaintingConfig, LatentDiffusionConfig, SemanticDiffusionConfig
+from raysynth.config import (
+    ExtractorConfig,
+    InpaintingConfig,
+    LatentDiffusionConfig,
+    SemanticDiffusionConfig,
+)
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.denoiser import build_denoiser
+from raysynth.models.encoder import SelfTaughtEncoder
 from raysynth.models.space import LatentSpace, PixelSpace
 from raysynth.prompt import NO_NODULE, WORDS
 from raysynth.training.objectives import (
     DiffusionObjective,
+    SelfTaughtObjective,
     condition_of,
     draw,
     prompts_of,
     with_holes,
 )
-from tests.training.conftest import DIFFUSION
+from tests.training.conftest import DIFFUSION, EXTRACTOR
 from tests.training.tiny import MODEL, ArrayStream, tiny_objective
 
 CPU = torch.device("cpu")
@@ -167,6 +174,59 @@ def test_holes_follow_the_position_and_count_more() -> None:
     assert (objective._weight(condition.null()) == 1).all()
     with torch.no_grad():
         assert 0.8 < objective.loss(objective.module, batch, CPU)["loss"] < 1.2
+
+
+def _self_taught() -> SelfTaughtObjective:
+    torch.manual_seed(0)
+    network = SelfTaughtEncoder(ExtractorConfig.model_validate(EXTRACTOR))
+    return SelfTaughtObjective(network, (-1000.0, 400.0), seed=3)
+
+
+def _slices_to_learn(count: int, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """Waves of another direction, length and level each, no two alike."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:32, :32]
+    ky, kx, phase = random.normal(size=(3, count, 1, 1)) * [[[[0.5]]], [[[0.5]]], [[[3.0]]]]
+    level = random.uniform(-600, 0, (count, 1, 1))
+    hu = level + 300 * np.sin(ky * y + kx * x + phase)
+    box = np.tile(np.array([12, 12, 20, 20], np.int16), (count, 1))
+    return {"position": np.arange(count), "hu": hu.astype(np.int16), "box": box}
+
+
+def test_self_taught_features_are_learned() -> None:
+    objective = _self_taught()
+    optimizer = torch.optim.Adam(objective.module.parameters(), 3e-3)
+    losses, degradation = [], []
+    for step in range(60):
+        batch = _slices_to_learn(16, seed=step % 4)
+        batch["position"] += 16 * step
+        terms = objective.loss(objective.module, batch, CPU)
+        terms["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(terms["loss"].detach()))
+        degradation.append(float(terms["degradation"].detach()))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert np.mean(degradation[-10:]) < 0.8 * np.mean(degradation[:10])
+
+
+def test_a_self_taught_loss_follows_the_positions() -> None:
+    objective, batch = _self_taught(), _slices_to_learn(8)
+    first, again = (objective.loss(objective.module, batch, CPU)["loss"] for _ in range(2))
+    assert torch.equal(first, again)
+    batch["position"] = batch["position"] + 100
+    assert not torch.equal(objective.loss(objective.module, batch, CPU)["loss"], first)
+
+
+def test_the_picture_of_an_encoder_shows_the_nearest_slices() -> None:
+    objective, batch = _self_taught(), _slices_to_learn(6)
+    batch["hu"][4] = batch["hu"][0]  # twins are nearest to each other
+    objective.module.eval()
+    with torch.no_grad():
+        picture = objective.preview(objective.module, batch, CPU)
+    assert picture.shape == (1, 2 * 32, 4 * 32)
+    assert torch.equal(picture[:, :32, :32], picture[:, 32:, :32])
+    assert not torch.equal(picture[:, :32, 32:64], picture[:, 32:, 32:64])
 
 
 def test_one_reader_who_is_there_gives_all_scores() -> None:
