@@ -93,6 +93,38 @@ def compare(
     print(f"figures  {found['path']}")
 
 
+@app.command("reader-study")
+def reader_study(
+    answers: Annotated[
+        Path,
+        typer.Argument(help="CSV: reader, item, truth, answer (real or synthetic), rating, repeat"),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say whether readers can tell synthetic images from real ones, or whether that is open."""
+    from dataclasses import asdict
+
+    from raysynth.evaluation.reader_study import reader_study as run
+
+    found = run(answers)
+    if as_json:
+        _show(asdict(found), as_json)
+        return
+    for name, given in {**found.readers, "all readers": found.pooled}.items():
+        print(
+            f"{name:16} {given.share:.3f} right of {given.answers} {_range(given.interval)}, d' "
+            f"{given.d_prime.value:.2f} {_range(given.d_prime.interval)}"
+        )
+    if found.between_readers is not None:
+        print(f"{'between readers':16} kappa {found.between_readers:.2f}")
+    for name, again in found.within_reader.items():
+        print(f"{name + ', repeated':16} {again.agreed:.2f} of {again.items}, {again.kappa:.2f}")
+    if found.ratings is not None:
+        print(f"{'ratings':16} {found.ratings.method}: p {found.ratings.p:.3g}")
+    for sentence in found.sentences:
+        print(sentence)
+
+
 @app.command()
 def inspect(
     store: Annotated[str, typer.Argument(help="Local path or s3:// URL of a store.")],
@@ -109,6 +141,10 @@ def inspect(
     _show(asdict(found), as_json)
     if found.problems:
         raise typer.Exit(1)
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return "[{:.3f}, {:.3f}]".format(*interval)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
