@@ -57,7 +57,10 @@ def _add_stage(verb: str, help_text: str) -> None:
             return
         from raysynth import stages
 
-        _show(getattr(stages, verb)(config), as_json)
+        result = getattr(stages, verb)(config)
+        _show(result, as_json)
+        if result.get("verdict") == "failed":
+            raise typer.Exit(3)
 
     app.command(verb, help=help_text)(command)
 
@@ -69,6 +72,7 @@ for _verb, _help_text in {
     "train": "Fit the recipe's model; ends in a bundle.",
     "synthesize": "Draw synthetic, labelled samples into the store.",
     "evaluate": "Judge the synthetic samples against held-out real ones; write the report.",
+    "audit": "Look for copies of training samples; exit 3 if the run must not leave.",
 }.items():
     _add_stage(_verb, _help_text)
 
@@ -178,8 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 bad input (its one-line reason is the last line on
-        stderr).
+        The exit code: 0 done, 1 failed, 2 bad input, 3 refused by policy (the one-line reason is
+        the last line on stderr).
     """
     from raysynth.errors import RaysynthError
 

@@ -62,6 +62,13 @@ def evaluate(config: ExperimentConfig) -> Result:
     return _timed("evaluate", config, run) | {"report": str(report(config.absolute()))}
 
 
+def audit(config: ExperimentConfig) -> Result:
+    """Holds the synthetic samples against those that their model learned from."""
+    from raysynth.evaluation.audit import audit as run
+
+    return _timed("audit", config, run)
+
+
 def compare(configs: Sequence[ExperimentConfig]) -> Result:
     """Trains, draws and judges what is not there yet, and puts the recipes beside each other."""
     from raysynth.evaluation.compare import check_comparable

@@ -53,8 +53,8 @@ class Pictures:
     Attributes:
         windows: each with `margin` pixels around it on every side (n, y, x), 0 to 1.
         margin: `SHIFT_PX` or, for what cannot be shifted, 0.
-        features: of the images and their flips (8, n, dim); the first are the images themselves.
-            None: they are compared by their pixels alone.
+        features: of the images and, of those that are looked up, their flips (1 or 8, n, dim); the
+            first are the images themselves. None: they are compared by their pixels alone.
         mask: what of the images counts (n, y, x); None: all.
     """
 
@@ -101,6 +101,7 @@ def pictures_of(
     extractor: Extractor | None,
     window_hu: tuple[float, float] = LUNG_WINDOW_HU,
     mask: NDArray[np.bool_] | None = None,
+    flipped: bool = True,
 ) -> Pictures:
     """Makes images comparable.
 
@@ -110,14 +111,15 @@ def pictures_of(
         extractor: of features; None where a mask makes them meaningless.
         window_hu: HU that are told apart.
         mask: what of the images counts (n, y, x), without the margin.
+        flipped: whether they will be looked up in a bank; else they can only be in one.
     """
     low, high = window_hu
     windows = (np.clip(hu.astype(np.float32), low, high) - low) / (high - low)
     inner = slice(margin, hu.shape[1] - margin)
     features = None
     if extractor is not None:
-        flipped = flips(hu[:, inner, inner])
-        features = np.stack([extractor(np.ascontiguousarray(version)) for version in flipped])
+        versions = flips(hu[:, inner, inner])[: None if flipped else 1]
+        features = np.stack([extractor(np.ascontiguousarray(version)) for version in versions])
     return Pictures(windows.astype(np.float16), margin, features, mask)
 
 
@@ -154,6 +156,21 @@ def nearest(queries: Pictures, bank: Pictures, is_kin: NDArray[np.bool_] | None 
         row[number, 2] = candidates[found.argmax()]
         distance[number, 2] = 1 - found.max()
     return Nearest(distance, row)
+
+
+def aligned(query: Pictures, other: Pictures) -> Array:
+    """One picture, flipped and shifted until it is as like another one as it can be (y, x)."""
+    images = query.images
+    size = images.shape[1]
+    patches = _patches(other.windows.astype(np.float32), size)
+    mask = None if query.mask is None else query.mask.astype(np.float32)
+    found = _correlate(_templates(images, mask), patches)[:, 0, 0]
+    version, place = np.unravel_index(int(found.argmax()), found.shape)
+    patch: Array = patches[0, place].reshape(size, size)
+    # A flip undoes itself; the transpose came first.
+    transposes, up, left = version // 4, (1, -1)[version // 2 % 2], (1, -1)[version % 2]
+    patch = patch[::up, ::left]
+    return patch.T if transposes else patch
 
 
 def feature_distances(queries: Pictures, bank: Pictures) -> Array | None:

@@ -12,6 +12,7 @@ from raysynth.metrics.memorization import (
     Nearest,
     Pictures,
     Scale,
+    aligned,
     auc,
     feature_distances,
     flips,
@@ -159,6 +160,13 @@ def test_what_a_mask_hides_does_not_count(bank_hu: np.ndarray, bank: Pictures) -
     assert np.isnan(found.distance[:, 0]).all()
     assert not is_exact(_nearest(_pictures(hu), bank).distance).any()
     assert np.isfinite(Scale.of(found.distance[:, :]).scores(found.distance)).all()
+
+
+@pytest.mark.parametrize("version", range(8))
+def test_a_copy_is_turned_back(version: int, bank_hu: np.ndarray, bank: Pictures) -> None:
+    moved = np.roll(flips(bank_hu[:1])[version], (2, -3), (1, 2))
+    query = _pictures(moved)
+    np.testing.assert_allclose(aligned(query, bank.take(slice(1))), query.images[0], atol=2e-3)
 
 
 def test_flat_pictures_are_like_none(bank: Pictures) -> None:
