@@ -97,6 +97,26 @@ def compare(
     print(f"figures  {found['path']}")
 
 
+@app.command()
+def export(
+    recipe: Recipe,
+    to: Annotated[Path, typer.Option(help="A new folder for the files.")],
+    file_format: Annotated[str, typer.Option("--format", help="nifti")] = "nifti",
+    without_audit: Annotated[
+        str | None,
+        typer.Option(metavar="REASON", help="Why it may leave unaudited; recorded in all files."),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Write the synthetic samples as files; exit 3 without a passing audit of exactly this run."""
+    from raysynth import stages
+    from raysynth.config import load_recipe
+
+    config = load_recipe(recipe, overrides)
+    _show(stages.export(config, to, file_format, without_audit), as_json)
+
+
 @app.command("reader-study")
 def reader_study(
     answers: Annotated[
