@@ -58,7 +58,10 @@ def _add_stage(verb: str, help_text: str) -> None:
             return
         from raysynth import stages
 
-        _show(getattr(stages, verb)(config), as_json)
+        result = getattr(stages, verb)(config)
+        _show(result, as_json)
+        if result.get("verdict") == "failed":
+            raise typer.Exit(3)
 
     app.command(verb, help=help_text)(command)
 
@@ -70,6 +73,7 @@ for _verb, _help_text in {
     "train": "Fit the recipe's model; ends in a bundle.",
     "synthesize": "Draw synthetic, labelled samples into the store.",
     "evaluate": "Judge the synthetic samples against held-out real ones; write the report.",
+    "audit": "Look for copies of training samples; exit 3 if the run must not leave.",
 }.items():
     _add_stage(_verb, _help_text)
 
@@ -95,6 +99,58 @@ def compare(
 
 
 @app.command()
+def export(
+    recipe: Recipe,
+    to: Annotated[Path, typer.Option(help="A new folder for the files.")],
+    file_format: Annotated[str, typer.Option("--format", help="nifti")] = "nifti",
+    without_audit: Annotated[
+        str | None,
+        typer.Option(metavar="REASON", help="Why it may leave unaudited; recorded in all files."),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Write the synthetic samples as files; exit 3 without a passing audit of exactly this run."""
+    from raysynth import stages
+    from raysynth.config import load_recipe
+
+    config = load_recipe(recipe, overrides)
+    _show(stages.export(config, to, file_format, without_audit), as_json)
+
+
+@app.command("reader-study")
+def reader_study(
+    answers: Annotated[
+        Path,
+        typer.Argument(help="CSV: reader, item, truth, answer (real or synthetic), rating, repeat"),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say whether readers can tell synthetic images from real ones, or whether that is open."""
+    from dataclasses import asdict
+
+    from raysynth.evaluation.reader_study import reader_study as run
+
+    found = run(answers)
+    if as_json:
+        _show(asdict(found), as_json)
+        return
+    for name, given in {**found.readers, "all readers": found.pooled}.items():
+        print(
+            f"{name:16} {given.share:.3f} right of {given.answers} {_range(given.interval)}, d' "
+            f"{given.d_prime.value:.2f} {_range(given.d_prime.interval)}"
+        )
+    if found.between_readers is not None:
+        print(f"{'between readers':16} kappa {found.between_readers:.2f}")
+    for name, again in found.within_reader.items():
+        print(f"{name + ', repeated':16} {again.agreed:.2f} of {again.items}, {again.kappa:.2f}")
+    if found.ratings is not None:
+        print(f"{'ratings':16} {found.ratings.method}: p {found.ratings.p:.3g}")
+    for sentence in found.sentences:
+        print(sentence)
+
+
+@app.command()
 def inspect(
     store: Annotated[str, typer.Argument(help="Local path or s3:// URL of a store.")],
     page: Annotated[Path | None, typer.Option(help="Also write pictures to this file.")] = None,
@@ -110,6 +166,10 @@ def inspect(
     _show(asdict(found), as_json)
     if found.problems:
         raise typer.Exit(1)
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return "[{:.3f}, {:.3f}]".format(*interval)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
@@ -143,8 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 bad input (its one-line reason is the last line on
-        stderr).
+        The exit code: 0 done, 1 failed, 2 bad input, 3 refused by policy (the one-line reason is
+        the last line on stderr).
     """
     from raysynth.errors import RaysynthError
 

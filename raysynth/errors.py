@@ -15,6 +15,12 @@ class InputError(RaysynthError, ValueError):
     exit_code = 2
 
 
+class Refused(RaysynthError):
+    """A policy forbids it, as long as nothing else is shown; no input would be right."""
+
+    exit_code = 3
+
+
 class UnreadableCase(InputError):
     """One case that cannot be used. Ingest puts it into quarantine and goes on.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from raysynth.config import ExperimentConfig, OfLatents
@@ -60,6 +61,25 @@ def evaluate(config: ExperimentConfig) -> Result:
     from raysynth.evaluation.report import report
 
     return _timed("evaluate", config, run) | {"report": str(report(config.absolute()))}
+
+
+def audit(config: ExperimentConfig) -> Result:
+    """Holds the synthetic samples against those that their model learned from."""
+    from raysynth.evaluation.audit import audit as run
+
+    return _timed("audit", config, run)
+
+
+def export(
+    config: ExperimentConfig, folder: Path, file_format: str, without_audit: str | None
+) -> Result:
+    """Writes the synthetic samples as files for other tools, if their audit lets them leave."""
+    from raysynth.errors import InputError
+    from raysynth.export.nifti import export_nifti
+
+    if file_format != "nifti":
+        raise InputError(f"--format {file_format}: there is nifti")
+    return asdict(export_nifti(config.absolute(), folder.absolute(), without_audit))
 
 
 def compare(configs: Sequence[ExperimentConfig]) -> Result:

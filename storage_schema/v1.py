@@ -204,6 +204,21 @@ def synthetic_run(count: int, item_shape: Sequence[int]) -> GroupSpec:
     )
 
 
+def audit(count: int) -> GroupSpec:
+    """How near the samples of a synthetic run come to those that its model learned from.
+
+    Args:
+        count: number of samples, as in the run.
+    """
+    return GroupSpec(
+        "audit",
+        "audits/<run>",
+        "The privacy audit of the synthetic run of that name; row i belongs to its sample i.",
+        _columns(count, MAX_SHARD_ROWS, _AUDIT_COLUMNS),
+        _AUDIT_ATTRIBUTES,
+    )
+
+
 def quarantine() -> GroupSpec:
     """What was refused, and why."""
     return GroupSpec(
@@ -231,6 +246,7 @@ def as_json() -> dict[str, object]:
         sample_set(1000, (64, 64, 64)),
         latents(1000, (4, 64, 64)),
         synthetic_run(1000, (256, 256)),
+        audit(1000),
         quarantine(),
     )
     return {
@@ -322,6 +338,17 @@ _SYNTHETIC_COLUMNS = (
     Column("unrequested", "uint8", 0, "compact dense things in the lungs that were not asked for"),
 )
 
+_AUDIT_COLUMNS = (
+    Column("region", "uint8", 0, "what was compared: row in the attribute `regions`"),
+    Column("nearest_sample", "int32", -1, "row of the nearest training sample in `source_set`"),
+    Column("embedding_distance", "float32", math.nan, "least distance of features; NaN: not used"),
+    Column("pixel_distance", "float32", math.nan, "least distance of low-resolution pixels"),
+    Column("ncc", "float32", math.nan, "largest normalized correlation with a training sample"),
+    Column("copy_score", "float32", math.nan, "all criteria as one number; larger: likelier copy"),
+    Column("exact", "uint8", 0, "1 if it is the same picture as a training sample"),
+    Column("flagged", "uint8", 0, "1 if it counts as a copy: nothing held out is so near"),
+)
+
 _CHECKSUM = AttributeSpec(
     "checksum",
     "string",
@@ -389,6 +416,20 @@ _SYNTHETIC_ATTRIBUTES = (
     AttributeSpec("plan", "string", "digest of the plan of requests"),
     AttributeSpec("source_set", "string", "name of the sample set that lent the layouts"),
     AttributeSpec("passport", "object", "model, data, settings and mark of the run"),
+)
+
+_AUDIT_ATTRIBUTES = (
+    _CHECKSUM,
+    AttributeSpec("bundle", "string", "of the audited run"),
+    AttributeSpec("plan", "string", "of the audited run"),
+    AttributeSpec("source_set", "string", "name of the sample set that the model learned from"),
+    AttributeSpec("fingerprint", "string", "hash of all that decides the audit"),
+    AttributeSpec("parent_snapshot", "string", "snapshot id of the store it was made from"),
+    AttributeSpec("regions", "array of strings", "what was compared"),
+    AttributeSpec("thresholds", "object", "by region: copy score above which a sample is flagged"),
+    AttributeSpec("policy", "object", "what the run had to keep: the recipe's `audit`"),
+    AttributeSpec("verdict", "string", "whether it kept that", ("passed", "failed")),
+    AttributeSpec("findings", "object", "figures with intervals, reasons and notices"),
 )
 
 

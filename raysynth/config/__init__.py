@@ -1,5 +1,6 @@
 """Recipes: strict pydantic sections and the loader. Imports neither torch nor ray."""
 
+from raysynth.config.audit import AuditConfig
 from raysynth.config.base import Section
 from raysynth.config.data import (
     DataConfig,
@@ -40,6 +41,7 @@ from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
 
 __all__ = [
+    "AuditConfig",
     "AutoencoderKLConfig",
     "DataConfig",
     "DicomSource",

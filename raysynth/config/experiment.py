@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from raysynth.config.audit import AuditConfig
 from raysynth.config.base import Section
 from raysynth.config.data import DataConfig, SliceSamples
 from raysynth.config.evaluation import BUNDLE_PREFIX, EvaluationConfig
@@ -55,6 +56,7 @@ class ExperimentConfig(Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    audit: AuditConfig = AuditConfig()
 
     @property
     def store_url(self) -> str:

@@ -90,6 +90,7 @@ def _page(
         "quarantined": f"{counted.quarantined}",
         "stored": f"{counted.stored_bytes / 2**20:.0f} MiB",
         **{path: f"{count:,}" for path, count in counted.samples.items()},
+        **{f"audit of {run}": verdict for run, verdict in counted.audits.items()},
         **{f"{path}: scale": f"{scale:.3f}" for path, scale in _latent_scales(root).items()},
     }
     return StorePage(

@@ -15,6 +15,7 @@ from raysynth.report.charts import Estimate as Estimate
 from raysynth.report.charts import SweepPanel
 from raysynth.report.pictures import DISPLAY_WINDOW_HU, grey, overlay_svg, png_data_uri
 from raysynth.volume import RELATIVE_RANGE
+from raysynth.window import LUNG_WINDOW_HU
 
 Losses = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Model name -> samples seen and losses there."""
@@ -146,6 +147,26 @@ class ComparisonPage:
     window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
 
 
+@dataclass(frozen=True)
+class AuditPage:
+    """What `raysynth audit` shows.
+
+    Attributes:
+        verdict: `passed` or `failed`.
+        reasons: why, a sentence each.
+        notices: what a reader must know beside the figures.
+        tables: by what was compared, heading and rows.
+        pairs: three at a time: a sample, its nearest training sample, their difference.
+    """
+
+    title: str
+    verdict: str
+    reasons: Sequence[str]
+    notices: Sequence[str]
+    tables: Mapping[str, Sequence[Sequence[str]]]
+    pairs: Sequence[Tile]
+
+
 def write_report(data: ReportData, path: Path) -> None:
     """Renders a run's report to `path`, replacing what is there in one step."""
     _write(
@@ -200,6 +221,13 @@ def write_comparison(data: ComparisonPage, path: Path) -> None:
         real=[_tile(tile, data.window_hu) for tile in data.real],
         groups=_groups(data.galleries, data.window_hu),
     )
+
+
+def write_audit(data: AuditPage, path: Path) -> None:
+    """Renders a privacy audit to `path`, replacing what is there in one step."""
+    pairs = [_tile(tile, LUNG_WINDOW_HU) for tile in data.pairs]
+    rows = [pairs[start : start + 3] for start in range(0, len(pairs), 3)]
+    _write("audit.html", path, LUNG_WINDOW_HU, data=data, rows=rows)
 
 
 def _write(template: str, path: Path, window_hu: tuple[float, float], **values: object) -> None:

@@ -20,7 +20,8 @@ from raysynth.errors import DamagedStore, InputError
 from raysynth.seeding import fingerprint
 from raysynth.store.shards import REMEDY, Packed, ShardedArray
 from raysynth.volume import Triple, Volume
-from storage_schema.v1 import SPLITS, sample_set, synthetic_run
+from storage_schema.spec import GroupSpec
+from storage_schema.v1 import SPLITS, audit, sample_set, synthetic_run
 
 MAX_VOXELS = 2**31
 """Of a volume: twice what can be ingested."""
@@ -120,7 +121,7 @@ def read_case(root: zarr.Group, case_id: str) -> Case:
 
 
 class SampleSet:
-    """Samples of one shape: a sample set, the latents of one, or a synthetic run. Picklable.
+    """A sample set, the latents of one, a synthetic run, or the audit of one. Picklable.
 
     Attributes:
         group: the read-only group.
@@ -135,7 +136,9 @@ class SampleSet:
 
     @cached_property
     def _main(self) -> ShardedArray:
-        return self._array("hu" if has_array(self.group, "hu") else "latents")
+        kind = self.group.path.partition("/")[0]
+        name = "index/flagged" if kind == "audits" else "latents"
+        return self._array("hu" if has_array(self.group, "hu") else name)
 
     @property
     def count(self) -> int:
@@ -226,9 +229,8 @@ class _Columns(Mapping[str, NDArray]):
         self._columns: dict[str, NDArray] = {}
         # From the schema, not from a listing: a damaged name must not make a column vanish.
         kind = samples.group.path.partition("/")[0]
-        specs = {"samples": sample_set, "synthetic": synthetic_run}
         axes = 3 if samples.attrs.get("kind") == "patches" else 2
-        arrays = specs[kind](1, (1,) * axes).arrays if kind in specs else ()
+        arrays = _spec(kind, (1,) * axes).arrays if kind != "latents" else ()
         columns = (array.name.partition("index/")[2] for array in arrays)
         self._names = sorted(filter(None, columns))
 
@@ -248,6 +250,16 @@ class _Columns(Mapping[str, NDArray]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _spec(kind: str, item_shape: tuple[int, ...]) -> GroupSpec:
+    match kind:
+        case "audits":
+            return audit(1)
+        case "synthetic":
+            return synthetic_run(1, item_shape)
+        case _:
+            return sample_set(1, item_shape)
 
 
 def open_group(root: zarr.Group, path: str) -> zarr.Group:

@@ -19,7 +19,10 @@ from storage_schema.v1 import SCHEMA_VERSION
 # a lock for that reason), and logs errors that it raises as well.
 icechunk.set_logs_filter("off")
 
-TOP_GROUPS = ("volumes", "samples", "latents", "synthetic", "quarantine")
+TOP_GROUPS = ("volumes", "samples", "latents", "synthetic", "audits", "quarantine")
+
+LATER_GROUPS = ("audits",)
+"""Stores that are older lack them until the first run that needs one."""
 
 
 def open_repository(url: str | Path, create: bool = False) -> icechunk.Repository:

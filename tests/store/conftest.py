@@ -1,4 +1,4 @@
-"""A small invented case, and a store with one case, a sample set, its latents and a drawn run."""
+"""A small invented case, and a store with it, a sample set, its latents, and an audited run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raysynth.store.writer import (
     write_volume,
 )
 from raysynth.volume import Volume
-from storage_schema.v1 import latents, sample_set, synthetic_run
+from storage_schema.v1 import audit, latents, sample_set, synthetic_run
 
 COUNT, SIZE = 130, 24
 """Two whole shards of samples, and two samples in the third."""
@@ -113,6 +113,26 @@ def draw_samples(root: zarr.Group) -> None:
     write_rows(group, 0, images | columns)
 
 
+def audit_samples(root: zarr.Group) -> None:
+    """The group `audits/run`, filled."""
+    spec = audit(3)
+    attributes = {
+        "bundle": "b" * 64,
+        "plan": "p" * 12,
+        "source_set": "slices",
+        "fingerprint": "a" * 12,
+        "parent_snapshot": "none",
+        "regions": ["nodule"],
+        "thresholds": {"nodule": 2.0},
+        "policy": {},
+        "verdict": "passed",
+        "findings": {},
+    }
+    group = create_sample_set(root, "audits/run", spec, attributes)
+    columns = {array.name: np.zeros(array.shape, array.dtype) for array in spec.arrays}
+    write_rows(group, 0, columns)
+
+
 def invented_latents() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(COUNT, 2, 6, 6)).astype(np.float16)
 
@@ -126,6 +146,7 @@ def make_store(url: str) -> None:
         declare_samples(root)
         write_rows(root["samples/slices"], 0, invented_samples())
         draw_samples(root)
+        audit_samples(root)
         write_rows(root["latents/slices/bundle"], 0, {"latents": invented_latents()})
 
     with StoreRun(url, "make", "1") as run:

@@ -17,11 +17,12 @@ from zarr.core.sync import sync
 from raysynth.store.run import StoreRun
 from raysynth.store.validate import summary, validate
 from raysynth.store.writer import create_volume, write_volume
-from tests.store.conftest import COUNT, invented_case
+from tests.store.conftest import COUNT, audit_samples, invented_case
 
 SLICES = "samples/slices"
 LATENTS = "latents/slices/bundle"
 DRAWN = "synthetic/run"
+AUDIT = "audits/run"
 
 
 def test_a_sound_store_has_no_problems(read_only_store: str) -> None:
@@ -35,11 +36,24 @@ def test_an_empty_store_has_no_problems(tmp_path: Path) -> None:
     assert validate(tmp_path / "store") == []
 
 
+def test_a_store_from_before_there_were_audits_has_no_problems(store: str) -> None:
+    with StoreRun(store, "spoil", "1") as run:
+        run.declare(deleted("audits"), "As it was")
+        run.publish("without audits")
+    assert validate(store) == []
+    assert summary(store).audits == {}
+    with StoreRun(store, "audit", "1") as run:
+        run.declare(audit_samples, "The first audit")
+        run.publish("audited")
+    assert validate(store) == []
+
+
 def test_summary_counts(read_only_store: str) -> None:
     counts = summary(read_only_store)
     assert (counts.cases, counts.patients, counts.nodules, counts.quarantined) == (1, 1, 1, 0)
     assert counts.splits == {"train": 1, "val": 0, "test": 0}
     assert counts.samples == {SLICES: COUNT, LATENTS: COUNT, DRAWN: 3}
+    assert counts.audits == {"run": "passed"}
     assert counts.stored_bytes > 100_000
     assert [run.message for run in counts.publications] == [
         "made",
@@ -155,6 +169,13 @@ def nodule(**changes: object) -> Callable[[zarr.Group], None]:
         (value(f"{DRAWN}/index/source_case", 2, 9), f"{DRAWN}/index/source_case", "-1 to 0"),
         (without(DRAWN, "passport"), DRAWN, "passport is missing"),
         (without(LATENTS, "latent_scale"), LATENTS, "latent_scale"),
+        (without(AUDIT, "verdict"), AUDIT, "verdict is missing"),
+        (attribute(AUDIT, verdict="perhaps"), AUDIT, "'perhaps', not one of passed"),
+        (attribute(AUDIT, plan="q"), AUDIT, "checksum"),
+        (value(f"{AUDIT}/index/flagged", 1, 2), f"{AUDIT}/index/flagged", "0 to 1"),
+        (value(f"{AUDIT}/index/nearest_sample", 1, 130), f"{AUDIT}/index/nearest_sample", "0 to 1"),
+        (deleted(f"{AUDIT}/index/ncc"), f"{AUDIT}/index/ncc", "is missing"),
+        (deleted(DRAWN), AUDIT, "no 'run' in /synthetic"),
     ],
 )
 def test_seeded_faults_are_found(
