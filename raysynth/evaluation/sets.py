@@ -146,7 +146,7 @@ def _measure_shard(
         samples.read("layout", start, stop),
         samples.index["box"][start:stop],
         samples.pixel_mm,
-        _extractors(config.extractors, config.inception_weights),
+        loaded_extractors(config.extractors, config.inception_weights),
         strays,
         hole,
     )
@@ -154,7 +154,7 @@ def _measure_shard(
 
 
 @lru_cache(maxsize=1)
-def _extractors(names: tuple[str, ...], weights: Path | None) -> tuple[Extractor, ...]:
+def loaded_extractors(names: tuple[str, ...], weights: Path | None) -> tuple[Extractor, ...]:
     """Loaded once a process: Ray's workers measure many shards."""
     return tuple(load_extractor(name, weights) for name in names)
 
