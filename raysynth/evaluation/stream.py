@@ -75,6 +75,12 @@ class MetricStream:
         self._values: Values = {}
         self._valued = 0
         self._valuing, self._saving = _Pace(VALUES_SHARE), _Pace(SAVING_SHARE)
+        # What is computed once shall not delay the next value.
+        for place in self._watched:
+            self._reference.floor(place)
+            self._kernels[place] = RunningKernel(self._reference.real.places[place].features)
+        self._value()
+        self._cpu_s = {"start": time.process_time()}
 
     def push(
         self,
@@ -103,9 +109,7 @@ class MetricStream:
         """
         if self._valued != self._metrics.count and self._valuing.is_due:
             with self._valuing.working():
-                self._valued = self._metrics.count
-                values = self._metrics.compute(self._reference, self._watched, self._kernels)
-                self._values = told_values(values, self._intensity)
+                self._value()
         return self._values
 
     def save(self) -> None:
@@ -121,15 +125,25 @@ class MetricStream:
         Raises:
             InputError: there is no such run, or another one; features that are no numbers.
         """
+        self._cpu_s["along"] = time.process_time() - self._cpu_s["start"]
         run = open_run(self._config, self._mark)
         for shard in range(run.num_shards):
             count_shard(self._metrics, run, shard, self._extractors)
         self.save()
         return told_values(self._metrics.compute(self._reference), self._intensity)
 
-    def cpu_seconds(self) -> float:
-        """Processor time that this process has taken."""
-        return time.process_time()
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor time of this process until it could count, until it had to finish, and then.
+
+        A stream that was killed and started again tells of its last process.
+        """
+        before = sum(self._cpu_s.values())
+        return self._cpu_s | {"end": time.process_time() - before}
+
+    def _value(self) -> None:
+        self._valued = self._metrics.count
+        values = self._metrics.compute(self._reference, self._watched, self._kernels)
+        self._values = told_values(values, self._intensity)
 
     @property
     def _intensity(self) -> Intensity:

@@ -61,7 +61,7 @@ def synthesize_watched(config: ExperimentConfig) -> SynthesisSummary:
     extractors_of(config)
     open_reference(config)
     with metric_stream(config, mark) as (name, stream):
-        watch = Watch(Sender(name), partial(_figures_shown, stream))
+        watch = Watch(Sender(name), partial(figures_shown, stream))
         summary = synthesize(config, watch)
         values: Values = ray.get(stream.finish.remote())
         cpu_s = ray.get(stream.cpu_seconds.remote())
@@ -143,7 +143,7 @@ class _Actor(MetricStream):
 
 
 @contextmanager
-def _figures_shown(stream: Any, view: Progress) -> Iterator[None]:
+def figures_shown(stream: Any, view: Progress) -> Iterator[None]:
     """Asks for the current figures every second and shows them."""
     ended = threading.Event()
 
