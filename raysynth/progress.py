@@ -19,6 +19,7 @@ class Progress:
     def __init__(self, stage: str, total: int, unit: str) -> None:
         self.stage, self.total, self.unit = stage, total, unit
         self.done = 0
+        self._noted: dict[str, float | str] = {}
         self._start = time.monotonic()
         self._first = 0
         self._last_shown = 0.0
@@ -27,6 +28,12 @@ class Progress:
     def advance(self, count: int = 1, **fields: float | str) -> None:
         """Adds finished units; `fields` (a loss, say) are shown beside the rate."""
         self.update(self.done + count, **fields)
+
+    def note(self, **fields: float | str) -> None:
+        """Shows these beside the rate from now on; a thread of its own may tell them."""
+        self._noted = self._noted | fields
+        if self.done < self.total:
+            self.update(self.done)
 
     def resume(self, done: int) -> None:
         """Counts units that an earlier, interrupted run finished; they do not make the rate."""
@@ -39,7 +46,7 @@ class Progress:
         now = time.monotonic()
         if done >= self.total or now - self._last_shown >= interval:
             self._last_shown = now
-            self._show(now - self._start, fields)
+            self._show(now - self._start, self._noted | fields)
 
     def _show(self, seconds: float, fields: dict[str, float | str]) -> None:
         rate = (self.done - self._first) / seconds if seconds > 0 else 0.0

@@ -50,7 +50,10 @@ def train(config: ExperimentConfig) -> Result:
 
 def synthesize(config: ExperimentConfig) -> Result:
     """Draws synthetic samples, and the evaluation's controls, into the store."""
-    from raysynth.sampling.batch import synthesize as run
+    if config.evaluation.stream:
+        from raysynth.evaluation.watch import synthesize_watched as run
+    else:
+        from raysynth.sampling.batch import synthesize as run
 
     return _timed("synthesize", config, run)
 

@@ -39,6 +39,9 @@ class EvaluationConfig(Section):
     """Also sample an untrained model and shuffled conditions, and judge them the same way."""
     num_control_samples: int | None = Field(None, ge=2)
     """Samples of each control and of each swept scale; None: as many as the run has."""
+    stream: bool = False
+    """Show FID and KID while samples are drawn, from a process beside the samplers that takes about
+    a hundredth of their time; the last values go to `work_dir`/evaluation/`name`_stream.json."""
     guidance_scales: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Scales at which the same requests are drawn from the same noise once more, to choose one: the
     report shows quality, diversity and consistency over them. Each request is drawn twice."""

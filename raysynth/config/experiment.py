@@ -220,6 +220,15 @@ class ExperimentConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_be_streamed(self) -> ExperimentConfig:
+        if self.evaluation.stream and isinstance(self.model, HoleFilling):
+            raise ValueError(
+                f"evaluation.stream with model.family {self.model.family}: most of a filled slice "
+                "is a patient's own, which would pass for quality; leave it out, and evaluate"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_fit_schedule(self) -> ExperimentConfig:
         steps = self.sampling.num_inference_steps
         if isinstance(self.model, Diffusion) and steps > self.model.num_train_timesteps:

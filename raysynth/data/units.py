@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import zarr
 from icechunk import ForkSession
 
-from raysynth.progress import progress
+from raysynth.progress import Progress, progress
 from raysynth.session import check_resources
 from raysynth.store.run import StoreRun
 
@@ -21,6 +22,9 @@ driver loses is what came back since the last commit."""
 
 Write = Callable[[zarr.Group, Any], Any]
 """Writes a unit below a writable root. None: done; anything else says why nothing was written."""
+
+Meanwhile = Callable[[Progress], AbstractContextManager[Any]]
+"""Entered with the progress view for as long as units are written."""
 
 
 def write_units(
@@ -33,6 +37,7 @@ def write_units(
     num_actors: int | None = None,
     num_cpus: int = 1,
     num_gpus: int = 0,
+    meanwhile: Meanwhile = nullcontext,
 ) -> dict[str, Any]:
     """Writes the units that the run has not committed yet, on the cluster.
 
@@ -48,6 +53,7 @@ def write_units(
         num_actors: processes that keep their copy of `write`; None: any free core takes a unit.
         num_cpus: cores of each task or actor.
         num_gpus: of each actor.
+        meanwhile: what else the driver does.
 
     Returns:
         Key -> reason for each unit that was not written.
@@ -55,7 +61,7 @@ def write_units(
     refused: dict[str, Any] = {}
     waiting = {key: unit for key, unit in units.items() if key not in run.completed}
     committer = _Committer(run, noun)
-    with progress(stage, len(units), noun) as view:
+    with progress(stage, len(units), noun) as view, meanwhile(view):
         view.resume(len(units) - len(waiting))
         if waiting:
             check_resources(1, {"CPU": num_cpus, "GPU": num_gpus}, stage)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig, HoleFilling, SamplingConfig
 from raysynth.config.experiment import Control
 from raysynth.config.sampling import DRAWING
-from raysynth.data.units import write_units
+from raysynth.data.units import Meanwhile, write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import bundle_digest, read_facts
 from raysynth.sampling.adherence import Measurement
@@ -64,11 +65,32 @@ class SynthesisSummary:
     snapshot: str
 
 
-def synthesize(config: ExperimentConfig) -> SynthesisSummary:
+Show = Callable[[int, NDArray[np.int16], NDArray[np.uint8], NDArray[np.int16]], None]
+"""Is shown first row, HU, layouts and boxes of a shard that was written."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Whoever looks at the recipe's own run while it is drawn.
+
+    Attributes:
+        show: called where samples are drawn, so it must return at once; picklable.
+        meanwhile: in the driver.
+    """
+
+    show: Show
+    meanwhile: Meanwhile
+
+
+def synthesize(config: ExperimentConfig, watch: Watch | None = None) -> SynthesisSummary:
     """Draws the recipe's samples, and the controls and swept scales that its evaluation wants.
 
     The same command resumes after any crash; a finished run is left as it is. Scales that are asked
     for later are drawn beside it.
+
+    Args:
+        config: the recipe.
+        watch: looks on.
 
     Raises:
         InputError: no bundle, no sample set, one that does not fit the other, or a run of this
@@ -79,7 +101,7 @@ def synthesize(config: ExperimentConfig) -> SynthesisSummary:
     digest = _bundle_digest(config, samples)
     drawn, snapshot = 0, main_snapshot(config.store_url)
     if runs := _missing(config, samples, digest):
-        drawn, snapshot = _write(config, samples, digest, runs)
+        drawn, snapshot = _write(config, samples, digest, runs, watch)
     seconds = time.monotonic() - started
     return SynthesisSummary(
         run=config.name,
@@ -89,6 +111,16 @@ def synthesize(config: ExperimentConfig) -> SynthesisSummary:
         seconds=seconds,
         snapshot=snapshot,
     )
+
+
+def plan_mark(config: ExperimentConfig) -> str:
+    """Digest of all that decides what the recipe's own run holds; the run bears it as `plan`.
+
+    Raises:
+        InputError: no bundle, no sample set, or one that does not fit the other.
+    """
+    samples = _sample_set(config)
+    return _fingerprint(config, samples, _bundle_digest(config, samples))
 
 
 Plan = list[tuple[PlannedSample, PlannedSample]]
@@ -178,7 +210,11 @@ def plan_run_samples(config: ExperimentConfig, samples: SampleSet) -> list[Plann
 
 
 def _write(
-    config: ExperimentConfig, samples: SampleSet, digest: str, runs: list[Run]
+    config: ExperimentConfig,
+    samples: SampleSet,
+    digest: str,
+    runs: list[Run],
+    watch: Watch | None,
 ) -> tuple[int, str]:
     """Draws what is missing of some runs and publishes them: samples drawn, and the snapshot."""
     names = " and ".join(f"synthetic/{run.name}" for run in runs)
@@ -190,6 +226,7 @@ def _write(
             writing.declare(
                 lambda root: _declare(root, runs, samples, attributes), f"{names} planned"
             )
+        show = watch.show if watch else None
         means = None
         if any(run.role == "constant" for run in runs):
             assert isinstance(config.model, HoleFilling)
@@ -198,12 +235,13 @@ def _write(
         write_units(
             writing,
             units,
-            _Drawer(config.bundle_path, config.sampling, config.seed, means),
+            _Drawer(config.bundle_path, config.sampling, config.seed, means, show),
             stage="synthesize",
             noun="shards",
             num_actors=config.sampling.num_actors,
             num_cpus=config.sampling.threads_per_actor,
             num_gpus=int(config.sampling.use_gpu),
+            meanwhile=watch.meanwhile if watch else nullcontext,
         )
         planned = sum(len(run.plan) for run in runs)
         return drawn, writing.publish(f"{planned} samples in {names}")
@@ -225,12 +263,14 @@ class _Drawer:
 
     Attributes:
         tissue_means: HU of every label, for the control of models that fill holes.
+        show: looks at what was written of the recipe's own run.
     """
 
     bundle_path: Path
     sampling: SamplingConfig
     seed: int
     tissue_means: NDArray[np.int16] | None
+    show: Show | None
 
     @cached_property
     def sampler(self) -> SliceSampler:
@@ -266,6 +306,9 @@ class _Drawer:
             "index/measured_contrast_hu": np.where(found, contrast_hu, np.float32(np.nan)),
         }
         write_rows(open_group(root, f"synthetic/{unit.run}"), unit.first_row, arrays)
+        if self.show is not None and unit.role == "own":
+            box = np.array([one.condition.box or NO_BOX for one in asked], np.int16)
+            self.show(unit.first_row, hu, layout, box)
 
     def _draw_once(self, unit: Unit, drawn: Sequence[PlannedSample]) -> NDArray[np.int16]:
         if unit.role != "constant":
