@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysynth.metrics.frechet import FeatureMoments
-from raysynth.metrics.kernel import Features
+from raysynth.metrics.samples import Features
 
 Rows = NDArray[np.int64]
 Array = NDArray[np.float64]
