@@ -102,7 +102,9 @@ def compare(
 def export(
     recipe: Recipe,
     to: Annotated[Path, typer.Option(help="A new folder for the files.")],
-    file_format: Annotated[str, typer.Option("--format", help="nifti")] = "nifti",
+    file_format: Annotated[
+        str, typer.Option("--format", help="nifti, or bundle: the model")
+    ] = "nifti",
     without_audit: Annotated[
         str | None,
         typer.Option(metavar="REASON", help="Why it may leave unaudited; recorded in all files."),
@@ -110,7 +112,7 @@ def export(
     overrides: Overrides = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Write the synthetic samples as files; exit 3 without a passing audit of exactly this run."""
+    """Write the samples, or their model, for others; exit 3 without a passing audit of exactly this run."""
     from raysynth import stages
     from raysynth.config import load_recipe
 

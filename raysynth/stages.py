@@ -76,13 +76,15 @@ def audit(config: ExperimentConfig) -> Result:
 def export(
     config: ExperimentConfig, folder: Path, file_format: str, without_audit: str | None
 ) -> Result:
-    """Writes the synthetic samples as files for other tools, if their audit lets them leave."""
+    """Writes samples, or the bundle that drew them, for others, if their audit lets them leave."""
     from raysynth.errors import InputError
+    from raysynth.export.bundle import export_bundle
     from raysynth.export.nifti import export_nifti
 
-    if file_format != "nifti":
-        raise InputError(f"--format {file_format}: there is nifti")
-    return asdict(export_nifti(config.absolute(), folder.absolute(), without_audit))
+    formats: dict[str, Any] = {"nifti": export_nifti, "bundle": export_bundle}
+    if file_format not in formats:
+        raise InputError(f"--format {file_format}: there are {' and '.join(formats)}")
+    return asdict(formats[file_format](config.absolute(), folder.absolute(), without_audit))
 
 
 def compare(configs: Sequence[ExperimentConfig]) -> Result:

@@ -23,8 +23,8 @@ from raysynth.evaluation.measure import Place
 from raysynth.evaluation.regions import cut_regions
 from raysynth.metrics.features import Extractor
 from raysynth.metrics.frechet import frechet_distance, frechet_distance_of
-from raysynth.metrics.samples import Features
 from raysynth.metrics.running import Rows, RunningFeatures, RunningKernel
+from raysynth.metrics.samples import Features
 from raysynth.seeding import seed_of
 
 MAX_KEPT = MAX_KERNEL_SAMPLES

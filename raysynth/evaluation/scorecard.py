@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysynth.evaluation.regions import GENERATED
-from raysynth.evaluation.sensitivity import EVIDENCE
+from raysynth.evaluation.sensitivity import EVIDENCE, PHANTOMS
 
 MIN_FID_SAMPLES = 2000
 """With fewer, KID stands on the card: its value does not depend on N (methods, F.2)."""
@@ -60,11 +60,12 @@ def scorecard(found: Found, folder: Path) -> list[Line]:
         Distances that are evidence first.
     """
     distances = sorted(_distances(found), key=lambda line: line.standing != EVIDENCE)
+    measured = PHANTOMS if _on_phantoms(found) else "measured"
     lines = [*distances, *_adherence(found), *_worst(found)]
     for ending, read in (("downstream", _usefulness), ("audit", _privacy)):
         path = folder / f"{found['name']}_{ending}.json"
         if path.exists():
-            lines += read(json.loads(path.read_text(encoding="utf-8")))
+            lines += read(json.loads(path.read_text(encoding="utf-8")), measured)
         else:
             lines.append(_not_run(ending))
     return lines
@@ -83,6 +84,10 @@ def headline(lines: Sequence[Line]) -> str:
             "No headline: no figure here is evidence of quality, see the column 'standing' of each."
         )
     return " ".join(f"{line.what}: {line.verdict}." for line in evidence)
+
+
+def _on_phantoms(found: Found) -> bool:
+    return PHANTOMS in found["standing"].values()
 
 
 def _distances(found: Found) -> Iterator[Line]:
@@ -178,7 +183,7 @@ def _adherence(found: Found) -> Iterator[Line]:
         floor=f"annotated real ones: {_share(shares.get('real'))}",
         control=f"shuffled: {_share(other)}",
         verdict="follows its requests" if above else "not shown to follow its requests",
-        standing="measured in the image",
+        standing=PHANTOMS if _on_phantoms(found) else "measured in the image",
     )
 
 
@@ -200,30 +205,31 @@ def _worst(found: Found) -> Iterator[Line]:
     )
 
 
-def _usefulness(trial: Found) -> Iterator[Line]:
+def _usefulness(trial: Found, measured: str) -> Iterator[Line]:
+    patients = trial["patients"]
     for said in trial["verdicts"]:
         yield Line(
-            "usefulness",
-            "held-out patients, fold by fold",
-            "downstream trial",
-            "",
-            "",
-            "",
-            said,
-            trial["standing"],
+            what="usefulness",
+            compared=f"{patients['held_out']} held-out patients of {patients['real']}",
+            measure="downstream trial",
+            figure="-",
+            floor="-",
+            control="-",
+            verdict=said,
+            standing="indicative: few patients" if trial["indicative"] else measured,
         )
 
 
-def _privacy(audit: Found) -> Iterator[Line]:
+def _privacy(audit: Found, measured: str) -> Iterator[Line]:
     yield Line(
-        "privacy",
-        "training patients",
-        "nearest training neighbours",
-        "",
-        "",
-        "",
-        audit["verdict"],
-        audit["standing"],
+        what="privacy",
+        compared=f"{audit['samples']} synthetic samples with all training ones",
+        measure="nearest training neighbours",
+        figure=f"{audit['flagged']} count as copies, {audit['exact']} are the same picture",
+        floor="-",
+        control="-",
+        verdict=f"{audit['verdict']}: {'; '.join(audit['reasons'])}",
+        standing=measured,
     )
 
 

@@ -54,6 +54,7 @@ RING_PX = 4
 """Lung this near to a nodule covers it."""
 
 EVIDENCE = "evidence"
+PHANTOMS = "smoke test: phantoms"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def standing(key: str, answers: Mapping[str, Sensitivity], phantoms: bool) -> st
     """
     metric, space, region, extractor, _ = key.split("/")
     if phantoms:
-        return "smoke test: phantoms"
+        return PHANTOMS
     if extractor.startswith(RANDOM_FEATURES):
         return "smoke test: random features"
     region = region.removeprefix(GENERATED).partition("_")[0]

@@ -15,13 +15,13 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from raysynth import __version__
 from raysynth.case import CONDITION_ATTRIBUTES
 from raysynth.config import ExperimentConfig
-from raysynth.errors import InputError, Refused
+from raysynth.errors import InputError
+from raysynth.export.gate import open_gate
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 
@@ -73,13 +73,9 @@ def export_nifti(
         Refused: no passing audit of this run under the recipe's policy, and no reason.
         InputError: no such run, an empty reason, or a folder with something else in it.
     """
-    if without_audit is not None and not without_audit.strip():
-        raise InputError("--without-audit '': say why this run may leave without an audit")
     root = open_root(config.store_url)
     samples = SampleSet(open_group(root, f"synthetic/{config.name}"))
-    table, problem = _audit(config, root, samples)
-    if problem and without_audit is None:
-        raise Refused(f"{problem}; or give a reason with --without-audit, which is recorded")
+    table, reason = open_gate(config, root, samples, without_audit)
     source = open_group(root, f"samples/{samples.attrs['source_set']}")
     flagged = np.zeros(samples.count, bool) if table is None else table.index["flagged"] == 1
     summary = ExportSummary(
@@ -88,7 +84,7 @@ def export_nifti(
         written=int((~flagged).sum()),
         withheld=int(flagged.sum()),
         audit="none" if table is None else str(table.attrs["verdict"]),
-        without_audit=without_audit if problem else None,
+        without_audit=reason,
     )
     _claim(folder, config.name)
     _write_json(folder / MANIFEST, asdict(summary) | {"complete": False})
@@ -104,26 +100,6 @@ def export_nifti(
     _write_json(folder / MANIFEST, asdict(summary) | {"complete": True})
     logger.info("wrote %d samples to %s", summary.written, folder)
     return summary
-
-
-def _audit(
-    config: ExperimentConfig, root: zarr.Group, samples: SampleSet
-) -> tuple[SampleSet | None, str]:
-    """The audit of exactly this run, if there is one, and why it does not let the run leave."""
-    again = f"run `raysynth audit` on the recipe of {config.name}"
-    place = f"audits/{config.name}"
-    if place not in root:
-        return None, f"synthetic/{config.name} has no audit: {again}"
-    table = SampleSet(open_group(root, place))
-    for name in ("plan", "bundle"):
-        if table.attrs[name] != samples.attrs[name]:
-            return None, f"the audit of synthetic/{config.name} is of another {name}: {again}"
-    if table.attrs["verdict"] != "passed":
-        reasons = "; ".join(table.attrs["findings"]["reasons"])
-        return table, f"synthetic/{config.name} failed its audit: {reasons}"
-    if table.attrs["policy"] != config.audit.model_dump(mode="json"):
-        return table, f"synthetic/{config.name} was audited under another policy: {again}"
-    return table, ""
 
 
 def _claim(folder: Path, run: str) -> None:

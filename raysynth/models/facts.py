@@ -88,6 +88,8 @@ class BundleFacts(Section):
     seen_samples: int = Field(ge=0)
     metrics: dict[str, float] = Field(default_factory=dict)
     """Released metrics by key (`metric/space/region/extractor@version/N`)."""
+    audit: str | None = None
+    """What the privacy audit of its samples came to, of a bundle that was released."""
     versions: dict[str, str] = Field(default_factory=_versions)
 
     @model_validator(mode="before")
@@ -192,9 +194,16 @@ def _limits(facts: BundleFacts) -> str:
     return (
         f"- Windows clip: nothing outside [{low:g}, {high:g}] can appear.\n"
         "- Slices are drawn one by one: neighbours do not form a volume.\n"
-        "- It may reproduce training images; nothing here has tested that.\n"
+        f"- {_memory(facts)}\n"
         "- Small nodules cover few cells; see the adherence figures for what is really drawn.\n"
     )
+
+
+def _memory(facts: BundleFacts) -> str:
+    """Whether it was looked for copies of training images."""
+    if facts.audit is None:
+        return "It may reproduce training images; nothing here has tested that."
+    return f"Privacy audit: {facts.audit}."
 
 
 def model_card(facts: BundleFacts, name: str) -> str:

@@ -60,10 +60,17 @@ def test_the_card_has_one_figure_a_place_and_evidence_first(tmp_path: Path) -> N
 
 
 def test_what_was_found_out_since_stands_on_the_card(tmp_path: Path) -> None:
-    audit = {"verdict": "passed: 0 of 9 are copies", "standing": "measured"}
-    (tmp_path / "run_audit.json").write_text(json.dumps(audit))
+    audit = {"verdict": "passed", "reasons": ["0 of 9"], "samples": 9, "flagged": 0, "exact": 0}
+    trial = {
+        "verdicts": ["x1: helps", "x2: hurts"],
+        "patients": {"real": 30, "held_out": 12},
+        "indicative": False,
+    }
+    for name, found in {"audit": audit, "downstream": trial}.items():
+        (tmp_path / f"run_{name}.json").write_text(json.dumps(found))
     card = scorecard(_found(), tmp_path)
-    assert card[-1].verdict == "passed: 0 of 9 are copies"
+    assert [line.verdict for line in card[-3:]] == ["x1: helps", "x2: hurts", "passed: 0 of 9"]
+    assert {line.standing for line in card[-3:]} == {"measured"}
 
 
 def test_without_evidence_there_is_no_headline(tmp_path: Path) -> None:
