@@ -112,7 +112,7 @@ def export(
     overrides: Overrides = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Write the samples, or their model, for others; exit 3 without a passing audit of exactly this run."""
+    """Write the samples, or their model, for others; exit 3 without a passing audit of the run."""
     from raysynth import stages
     from raysynth.config import load_recipe
 

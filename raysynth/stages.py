@@ -70,7 +70,7 @@ def audit(config: ExperimentConfig) -> Result:
     """Holds the synthetic samples against those that their model learned from."""
     from raysynth.evaluation.audit import audit as run
 
-    return _timed("audit", config, run)
+    return _on_the_card("audit", config, run)
 
 
 def export(
@@ -101,6 +101,16 @@ def compare(configs: Sequence[ExperimentConfig]) -> Result:
             for stage in (train, synthesize, evaluate):
                 stage(config)
         return asdict(run(configs))
+
+
+def _on_the_card(verb: str, config: ExperimentConfig, run: Any) -> Result:
+    """Runs a stage whose outcome stands on the scorecard, and writes the report again if it is."""
+    from raysynth.evaluation.report import report
+
+    result, config = _timed(verb, config, run), config.absolute()
+    if (config.work_dir / "evaluation" / f"{config.name}.json").exists():
+        report(config)
+    return result
 
 
 def _timed(verb: str, config: ExperimentConfig, run: Any) -> Result:
