@@ -47,12 +47,14 @@ class FeatureMoments:
         values = checked_features(features, "the Fréchet distance", at_least=0)
         if not len(values):
             return
-        batch = FeatureMoments(len(self.mean))
-        batch.count = len(values)
-        batch.mean = values.mean(axis=0)
-        deviations = values - batch.mean
-        batch.scatter = deviations.T @ deviations
-        self.merge(batch)
+        count, mean = self.count + len(values), values.mean(axis=0)
+        shift = mean - self.mean
+        # What `merge` does with the batch's own moments, as one product: the shift is one more row.
+        row = shift * np.sqrt(self.count * len(values) / count)
+        deviations = np.concatenate([values - mean, row[None]])
+        self.scatter += deviations.T @ deviations
+        self.mean = self.mean + shift * (len(values) / count)
+        self.count = count
 
     def merge(self, other: FeatureMoments) -> None:
         """Adds what another worker saw (Chan, Golub and LeVeque 1979, eq. 2.1)."""
@@ -117,8 +119,8 @@ def frechet_distance(real: FeatureMoments, synthetic: FeatureMoments) -> float:
 def frechet_distance_of(real: Features, synthetic: Features) -> float:
     """`frechet_distance` of features at hand, exact and fast where there are few of them.
 
-    Where n or m is below dim it needs no dim x dim covariance. Range and direction as there: 0 to
-    infinity, lower is better.
+    Heusel et al. 2017, eq. 6. Where n or m is below dim it needs no dim x dim covariance. Range and
+    direction as there: 0 to infinity, lower is better.
 
     Args:
         real: features (n, dim).

@@ -78,8 +78,9 @@ def radiomics(hu: Hu, mask: Mask, pixel_mm: float | Sequence[float]) -> NDArray[
       1973); from 0, 0 to 1, -1 to 1. Of a constant 0, 1 and 1.
     * `ring_contrast_hu`: mean inside less mean of the 5 mm around.
 
-    None is better or worse by itself: synthetic nodules should be distributed as real ones are, see
-    `radiomic_distances`. Texture is of neighbouring pixels: compare at one pixel size.
+    Ranges stand at each. None is better or worse by itself: synthetic nodules should be distributed
+    as real ones are, see `radiomic_distances`. Texture is of neighbouring pixels: compare at one
+    pixel size.
 
     Args:
         hu: crops (n, y, x) or (n, z, y, x) around a nodule each.

@@ -36,7 +36,8 @@ class Similarity:
 class PairedSimilarity:
     """Mean SSIM and MS-SSIM of synthetic images with the real ones they were guided by.
 
-    Definitions, ranges and directions: see `ssim` and `ms_ssim`; for both, higher is better.
+    Wang et al. 2004 and 2003. Definitions, ranges and directions: see `ssim` and `ms_ssim`; for
+    both, higher is better.
     Workers update their own and merge them in any order.
 
     Args:
