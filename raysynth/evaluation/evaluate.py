@@ -37,9 +37,10 @@ from raysynth.evaluation.consistency import (
 from raysynth.evaluation.distances import judge_places
 from raysynth.evaluation.fills import FillQuality, fill_quality, read_holes
 from raysynth.evaluation.judge import PASTED, MetricResult
-from raysynth.evaluation.measure import HISTOGRAMS, Computed, Measures, Place, told
+from raysynth.evaluation.measure import Computed, Measures, Place, told
 from raysynth.evaluation.notices import notices_of
 from raysynth.evaluation.references import measure_pasted
+from raysynth.evaluation.regions import shows_nodules
 from raysynth.evaluation.sensitivity import Sensitivity, sensitivity, standing
 from raysynth.evaluation.sets import are_phantoms, measure_sets, open_sets, patients_of
 from raysynth.evaluation.strata import Stratum, strata
@@ -217,11 +218,7 @@ def _score_judges(
 
     They read the first extractor's features of nodule crops.
     """
-    places = [
-        (region, extractor)
-        for region, extractor in computed
-        if region.startswith("nodule") and extractor != HISTOGRAMS
-    ]
+    places = [(region, extractor) for region, extractor in computed if shows_nodules(region)]
     if not places:
         return None
     rows, features = computed[places[0]]

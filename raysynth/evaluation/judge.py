@@ -18,11 +18,12 @@ from raysynth.evaluation.intervals import (
     patient_splits,
     subsample_intervals,
 )
-from raysynth.evaluation.measure import HISTOGRAMS, Place
+from raysynth.evaluation.measure import HISTOGRAMS, Place, measured_by
 from raysynth.metrics.frechet import frechet_distance_of, frechet_limit
 from raysynth.metrics.histogram import histogram_distance
 from raysynth.metrics.kernel import cubic_mmd2, gaussian_mmd2, kernel_distance, median_distance
 from raysynth.metrics.manifold import manifold_overlap
+from raysynth.metrics.nodule import RADIOMIC_NAMES, RADIOMICS, radiomic_distances
 from raysynth.seeding import seed_of
 
 MIN_SAMPLES = 8
@@ -96,10 +97,16 @@ OF_NEIGHBOURS = ("fid", "kid")
 """What is computed once more where neighbouring slices are fewer than all else."""
 
 DISTANCES = ("fid", "kid", "mmd2", "mmd2_fixed", "overlap")
-"""All that are computed of features; of histograms it is `hu_w1` alone."""
+"""All that are computed of features."""
+
+BY_EXTRACTOR = {HISTOGRAMS: ("hu_w1",), RADIOMICS: ("fid", "radiomics")}
+"""Of these extractors, other ones."""
 
 OVERLAP = ("precision", "recall", "density", "coverage")
 """What `overlap` stands for: four figures of one computation. Higher is better."""
+
+GROUPS = {"overlap": OVERLAP, "radiomics": tuple(f"w1_{name}" for name in RADIOMIC_NAMES)}
+"""Figures that come from one computation; of any other distance it is itself."""
 
 MAX_OVERLAP_SAMPLES = 2048
 
@@ -162,7 +169,7 @@ def _judge_at(
     region, extractor = place
     largest = {"fid": size, "hu_w1": size, "overlap": min(size, MAX_OVERLAP_SAMPLES)}
     results: dict[str, MetricResult] = {}
-    for name in ("hu_w1",) if extractor == HISTOGRAMS else distances:
+    for name in BY_EXTRACTOR.get(measured_by(extractor), distances):
         n = largest.get(name, min(size, MAX_KERNEL_SAMPLES))
         found = _results(name, n, arms, splits, num_draws, seed)
         results |= {
@@ -203,9 +210,12 @@ def _results(
         columns["synthetic"] = [replace(columns["synthetic"][0], value=kid.mean)]
         subset_std = kid.std
     results = {}
-    for number, metric_name in enumerate(OVERLAP if name == "overlap" else (name,)):
+    for number, metric_name in enumerate(GROUPS.get(name, (name,))):
         beside = {column: of_column[number] for column, of_column in columns.items()}
-        own = beside.pop("synthetic")
+        beside = {column: one for column, one in beside.items() if _is_finite(one)}
+        own = beside.pop("synthetic", None)
+        if own is None:  # a feature that no real sample varies in
+            continue
         assert own.interval is not None
         results[metric_name] = MetricResult(
             value=own.value,
@@ -246,9 +256,11 @@ def _floor(
 
 
 def distance_of(name: str, reference: Features) -> Metrics:
-    """A distance, or the figures of `OVERLAP`, as figures of one reference are computed."""
+    """A distance, or one of the `GROUPS`, as figures of one reference are computed."""
     if name == "overlap":
         return lambda real, other: astuple(manifold_overlap(real, other))
+    if name == "radiomics":
+        return lambda real, other: list(radiomic_distances(real, other).values())
     one = _distance_of(name, reference)
     return lambda real, other: (one(real, other),)
 
@@ -269,6 +281,10 @@ def _distance_of(name: str, reference: Features) -> Callable[[Features, Features
         case _:
             assert name == "hu_w1", name
             return histogram_distance
+
+
+def _is_finite(figure: Figure) -> bool:
+    return bool(np.isfinite([figure.value, *(figure.interval or ())]).all())
 
 
 def _smaller_side(split: NDArray[np.bool_]) -> int:

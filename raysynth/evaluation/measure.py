@@ -14,6 +14,7 @@ from raysynth.layout.morphology import Mask
 from raysynth.metrics.features import Extractor
 from raysynth.metrics.histogram import TISSUES, tissue_histograms
 from raysynth.metrics.kernel import FeatureTable
+from raysynth.metrics.nodule import RADIOMICS, measurable_masks, radiomic_features
 from raysynth.sampling.adherence import (
     NODULE_LUNG_LABELS,
     Measurement,
@@ -39,6 +40,9 @@ ADHERENCE_COLUMNS = (
 """Of a slice with a box; `stray_found` is NaN where no stray box fitted. `lung` is the label of the
 lung around the box, 0 where the layout shows none."""
 
+RELATIVE = "-relative@"
+"""Marks extractors of grey values without a unit."""
+
 Place = tuple[str, str]
 """A region (or tissue) and an extractor."""
 
@@ -54,10 +58,15 @@ def told(computed: Computed, intensity: Intensity) -> Computed:
     if intensity == "hu":
         return computed
     return {
-        (region, extractor.replace("@", "-relative@")): found
+        (region, extractor.replace("@", RELATIVE)): found
         for (region, extractor), found in computed.items()
         if extractor != HISTOGRAMS
     }
+
+
+def measured_by(extractor: str) -> str:
+    """The extractor under a name that `told` may have marked."""
+    return extractor.replace(RELATIVE, "@")
 
 
 class Measures:
@@ -95,6 +104,10 @@ class Measures:
             for extractor in extractors:
                 features = extractor(part.hu)
                 self._table(region, extractor.name).update(first_row + part.rows, features)
+        nodule = layout == Label.NODULE
+        shown = measurable_masks(nodule)
+        radiomics = radiomic_features(hu[shown], nodule[shown], pixel_mm)
+        self._table("nodule", RADIOMICS).update(first_row + np.flatnonzero(shown), radiomics)
         for tissue, counts in tissue_histograms(hu, layout).items():
             seen = np.flatnonzero(counts.any(axis=1))
             self._table(tissue, HISTOGRAMS).update(first_row + seen, counts[seen])

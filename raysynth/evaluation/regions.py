@@ -102,6 +102,11 @@ def _stretched(hu: NDArray[np.int16]) -> NDArray[np.int16]:
     return stretched
 
 
+def shows_nodules(region: str) -> bool:
+    """Whether a region is that of crops around nodules."""
+    return region.startswith("nodule") and region != "nodule"
+
+
 def cut_crops(hu: NDArray[np.int16], box: NDArray[np.int16], size: int) -> NDArray[np.int16]:
     """Squares of `size` pixels around the boxes' centres; what lies outside the slice is air."""
     half = size // 2

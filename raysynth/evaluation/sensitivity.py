@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from raysynth.case import LUNG_LABELS, Label
 from raysynth.config import EvaluationConfig
-from raysynth.evaluation.judge import DISTANCES, MIN_SAMPLES, OVERLAP, distance_of
+from raysynth.evaluation.judge import DISTANCES, GROUPS, MIN_SAMPLES, OVERLAP, distance_of
 from raysynth.evaluation.measure import Computed, Place, told
 from raysynth.evaluation.regions import GENERATED, cut_regions
 from raysynth.evaluation.sets import load_extractors
@@ -144,7 +144,7 @@ def standing(key: str, answers: Mapping[str, Sensitivity], phantoms: bool) -> st
     region = region.removeprefix(GENERATED).partition("_")[0]
     answer = answers.get(f"{metric}/{space}/{region}/{extractor}")
     if answer is None:
-        return "not tested: too few held-out patients"
+        return "not tested on patients made worse"
     if answer.blind_to:
         return f"not evidence: blind to {', '.join(answer.blind_to)}"
     return EVIDENCE
@@ -214,7 +214,7 @@ def _answers(
         rows[DROPPING].append([distance(reference, one) for one in (plain[other], *left)])
     means = {kind: np.mean(values, axis=0) for kind, values in rows.items()}  # (steps, metrics)
     answers = {}
-    for number, metric in enumerate(OVERLAP if group == "overlap" else (group,)):
+    for number, metric in enumerate(GROUPS.get(group, (group,))):
         worse = -1 if metric in OVERLAP else 1
         curves = {kind: tuple(steps[:, number].tolist()) for kind, steps in means.items()}
         blind = [kind for kind, steps in curves.items() if not np.all(worse * np.diff(steps) > 0)]

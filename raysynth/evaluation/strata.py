@@ -16,6 +16,7 @@ from raysynth.evaluation.consistency import mean_scores, rounded
 from raysynth.evaluation.intervals import Arm
 from raysynth.evaluation.judge import Arms, MetricResult, judge
 from raysynth.evaluation.measure import ADHERENCE_COLUMNS, Computed, Measures, Place
+from raysynth.evaluation.regions import shows_nodules
 from raysynth.sampling.cohort import DIAMETERS, diameter_class
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet, VolumeAttrs, case_attrs
@@ -127,9 +128,7 @@ def _place(computed: Mapping[str, Computed]) -> Place | None:
     places = [
         place
         for place in computed["real"]
-        if place[0].startswith("nodule")
-        and place[1].partition("@")[0] != "histogram"
-        and place in computed["synthetic"]
+        if shows_nodules(place[0]) and place in computed["synthetic"]
     ]
     return places[-1] if places else None
 

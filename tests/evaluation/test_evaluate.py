@@ -15,7 +15,7 @@ from raysynth.case import CONDITION_COLUMNS, Split
 from raysynth.config import ExperimentConfig, ExtractorConfig
 from raysynth.errors import InputError
 from raysynth.evaluation.evaluate import EvaluationSummary, evaluate
-from raysynth.evaluation.judge import OVERLAP
+from raysynth.evaluation.judge import GROUPS, OVERLAP
 from raysynth.evaluation.sweep_report import sweep_section
 from raysynth.phantom.patient import phantom_case
 from raysynth.preprocess.slices import cut_slices, plan_slices
@@ -196,7 +196,8 @@ def test_every_region_has_every_metric(summary: EvaluationSummary) -> None:
         for region in ("all", "lung", "nodule16")
     }
     tissues = {("hu_w1", tissue, "histogram@1") for tissue in ("lung", "body", "nodule")}
-    assert measured == distances | tissues
+    radiomics = {(metric, "nodule", "radiomics@1") for metric in ("fid", *GROUPS["radiomics"])}
+    assert measured == distances | tissues | radiomics
 
 
 def _of(summary: EvaluationSummary, start: str) -> Any:
@@ -280,8 +281,11 @@ def test_greys_without_a_unit_are_judged_under_another_key(
     evaluation = config.evaluation.model_copy(update={"guidance_scales": ()})
     changes = {"name": "greys", "data": data, "evaluation": evaluation}
     greys = evaluate(config.model_copy(update=changes))
-    assert {key.split("/")[3] for key in greys.metrics} == {"ct-conv-relative@1"}
-    assert {key.split("/")[2] for key in greys.metrics} == {"all", "lung", "nodule16"}
+    places = {tuple(key.split("/")[2:4]) for key in greys.metrics}
+    assert places == {
+        *((region, "ct-conv-relative@1") for region in ("all", "lung", "nodule16")),
+        ("nodule", "radiomics-relative@1"),
+    }
     assert any("without a unit" in notice for notice in greys.notices)
     assert greys.adherence["real"].found is not None
     assert greys.adherence["real"].found > 0.5
