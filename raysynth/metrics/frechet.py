@@ -52,7 +52,10 @@ class FeatureMoments:
         # What `merge` does with the batch's own moments, as one product: the shift is one more row.
         row = shift * np.sqrt(self.count * len(values) / count)
         deviations = np.concatenate([values - mean, row[None]])
-        self.scatter += deviations.T @ deviations
+        # Into a new array: what came from another worker may be read-only.
+        scatter = deviations.T @ deviations
+        scatter += self.scatter
+        self.scatter = scatter
         self.mean = self.mean + shift * (len(values) / count)
         self.count = count
 

@@ -100,6 +100,7 @@ def radiomics(hu: Hu, mask: Mask, pixel_mm: float | Sequence[float]) -> NDArray[
             f"{hu.shape} and {mask.shape}: cut both alike"
         )
     require_finite(hu, "radiomics", "pixels")
+    mask = mask.astype(np.bool_)
     unfit = np.flatnonzero(~measurable_masks(mask))
     if len(unfit):
         raise InputError(
@@ -110,7 +111,7 @@ def radiomics(hu: Hu, mask: Mask, pixel_mm: float | Sequence[float]) -> NDArray[
     spacing_mm = np.broadcast_to(np.asarray(pixel_mm, np.float64), hu.ndim - 1)
     rows = [
         _radiomics(crop.astype(np.float64), inside, spacing_mm)
-        for crop, inside in zip(hu, mask.astype(np.bool_), strict=True)
+        for crop, inside in zip(hu, mask, strict=True)
     ]
     return np.array(rows, np.float32).reshape(-1, len(RADIOMIC_NAMES))
 

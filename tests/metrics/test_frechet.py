@@ -82,6 +82,15 @@ def test_merging_parts_in_any_order_equals_the_whole(num_parts: int) -> None:
     np.testing.assert_allclose(covariance, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_moments_of_another_worker_can_be_added_to() -> None:
+    features = np.random.default_rng(8).normal(size=(60, 5))
+    received = _moments(features[:40])
+    received.mean.flags.writeable = received.scatter.flags.writeable = False  # as Ray hands it over
+    received.update(features[40:])
+    for found, expected in zip(received.compute(), _moments(features).compute(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_extrapolation_removes_most_of_the_small_sample_bias() -> None:
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(400, 20)), rng.normal(size=(400, 20))
