@@ -69,6 +69,7 @@ for _verb, _help_text in {
     "train": "Fit the recipe's model; ends in a bundle.",
     "synthesize": "Draw synthetic, labelled samples into the store.",
     "evaluate": "Judge the synthetic samples against held-out real ones; write the report.",
+    "downstream": "Train networks with and without the synthetic samples: do these help?",
 }.items():
     _add_stage(_verb, _help_text)
 

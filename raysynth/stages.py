@@ -62,6 +62,13 @@ def evaluate(config: ExperimentConfig) -> Result:
     return _timed("evaluate", config, run) | {"report": str(report(config.absolute()))}
 
 
+def downstream(config: ExperimentConfig) -> Result:
+    """Puts the synthetic samples to the trial: do networks learn more with them?"""
+    from raysynth.evaluation.downstream.from_store import downstream as run
+
+    return _timed("downstream", config, run)
+
+
 def compare(configs: Sequence[ExperimentConfig]) -> Result:
     """Trains, draws and judges what is not there yet, and puts the recipes beside each other."""
     from raysynth.evaluation.compare import check_comparable

@@ -12,6 +12,7 @@ from raysynth.config.data import (
     SliceSamples,
     SplitConfig,
 )
+from raysynth.config.downstream import DownstreamConfig, Imbalance
 from raysynth.config.evaluation import EvaluationConfig
 from raysynth.config.experiment import ExperimentConfig
 from raysynth.config.model import (
@@ -44,12 +45,14 @@ __all__ = [
     "DicomSource",
     "Diffusion",
     "DiffusionConfig",
+    "DownstreamConfig",
     "EvaluationConfig",
     "ExperimentConfig",
     "FromFolder",
     "Gan",
     "HoleFilling",
     "ImageSource",
+    "Imbalance",
     "InpaintingConfig",
     "LatentDiffusionConfig",
     "LidcSlicesSource",

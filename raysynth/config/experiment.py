@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 from raysynth.config.data import DataConfig, SliceSamples
+from raysynth.config.downstream import DownstreamConfig
 from raysynth.config.evaluation import EvaluationConfig
 from raysynth.config.model import (
     Diffusion,
@@ -48,6 +49,7 @@ class ExperimentConfig(Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    downstream: DownstreamConfig = DownstreamConfig()
 
     @property
     def store_url(self) -> str:

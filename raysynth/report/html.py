@@ -143,6 +143,24 @@ class ComparisonPage:
     window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
 
 
+@dataclass(frozen=True)
+class UsefulnessPage:
+    """What `raysynth downstream` shows.
+
+    Attributes:
+        notices: what a reader must know beside the figures.
+        tables: heading and a row for each arm, by title.
+        verdicts: a sentence for each arm, by the same titles.
+        excluded: on samples that were left out.
+    """
+
+    title: str
+    notices: Sequence[str]
+    tables: Mapping[str, Sequence[Sequence[str]]]
+    verdicts: Mapping[str, Sequence[str]]
+    excluded: str
+
+
 def write_report(data: ReportData, path: Path) -> None:
     """Renders a run's report to `path`, replacing what is there in one step."""
     _write(
@@ -198,6 +216,11 @@ def write_comparison(data: ComparisonPage, path: Path) -> None:
         real=[_tile(tile, data.window_hu) for tile in data.real],
         groups=_groups(data.galleries, data.window_hu),
     )
+
+
+def write_usefulness(data: UsefulnessPage, path: Path) -> None:
+    """Renders a usefulness trial to `path`, replacing what is there in one step."""
+    _write("usefulness.html", path, DISPLAY_WINDOW_HU, data=data)
 
 
 def _write(template: str, path: Path, window_hu: tuple[float, float], **values: object) -> None:
