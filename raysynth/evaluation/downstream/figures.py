@@ -118,12 +118,14 @@ def _of_folds(runs: Runs, measure: Measure) -> dict[str, NDArray[np.float64]]:
 
 def _measured(table: Table, measure: Measure) -> dict[str, float]:
     count = len(table["patient"])
-    return measure(_numbered(table), np.ones(count)) if count else {}
+    if not count:
+        return {}
+    return measure(_numbered(table, np.unique(table["patient"])), np.ones(count))
 
 
-def _numbered(table: Table) -> Table:
+def _numbered(table: Table, patients: NDArray[np.str_]) -> Table:
     """With numbers for the patients' keys."""
-    return table | {"patient": np.unique(table["patient"], return_inverse=True)[1]}
+    return table | {"patient": np.searchsorted(patients, table["patient"])}
 
 
 def _of_pooled(
@@ -133,8 +135,15 @@ def _of_pooled(
 
     Every arm is judged on the same patients in the same draw.
     """
-    tables = {name: [_numbered(join(folds)) for folds in runs] for name, runs in arms.items()}
-    count = int(next(iter(tables.values()))[0]["patient"].max()) + 1  # alike in all arms
+    joined = {name: [join(folds) for folds in runs] for name, runs in arms.items()}
+    # Where a network draws no box in a patient, its table need not name them.
+    named = [table["patient"] for of_seeds in joined.values() for table in of_seeds]
+    patients = np.unique(np.concatenate(named))
+    count = len(patients)
+    tables = {
+        name: [_numbered(table, patients) for table in of_seeds]
+        for name, of_seeds in joined.items()
+    }
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), num_draws)
     times = np.concatenate([np.ones((1, count)), drawn])
     values: dict[str, dict[str, NDArray[np.float64]]] = {}

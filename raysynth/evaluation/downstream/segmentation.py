@@ -81,7 +81,7 @@ def overlap_loss(guess: Tensor, truth: Tensor) -> Tensor:
 
 def unet(width: int) -> UNet:
     """One logit a pixel of images (B, 1, H, W)."""
-    w = max(4, width // 2)
+    w = max(8, width // 2)
     return UNet(
         spatial_dims=2,
         in_channels=1,
