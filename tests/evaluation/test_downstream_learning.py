@@ -67,7 +67,7 @@ def test_boxes_are_learned() -> None:
 
 def test_masks_are_learned_in_slices_of_any_side() -> None:
     learn, _ = learn_task("segmentation")
-    config = CONFIG.model_copy(update={"steps": 150, "batch_size": 8})
+    config = CONFIG.model_copy(update={"steps": 100, "batch_size": 8, "learning_rate": 1e-2})
     odd = [
         replace(one, hu=one.hu[:, :-3], layout=one.layout[:, :-3])
         for one in (toy(6), toy(3, seed=1))
