@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from raysynth.case import Label
 from raysynth.config import DownstreamConfig, Imbalance
+from raysynth.config.downstream import Task
 from raysynth.errors import InputError
-from raysynth.evaluation.downstream.arms import Arm, plan_arms, samples_of, usable
+from raysynth.evaluation.downstream.arms import Arm, is_rare, plan_arms, samples_of, usable
 from raysynth.evaluation.downstream.augment import augmented
 from raysynth.evaluation.downstream.examples import Examples, of_texture
 from raysynth.evaluation.downstream.folds import make_folds
@@ -107,10 +109,29 @@ def test_tasks_take_what_they_can_use() -> None:
     scores = real.scores.copy()
     scores[3] = np.nan
     real = replace(real, box=box, malignancy=malignancy, plane=plane, scores=scores)
-    assert np.flatnonzero(~usable("classification", real)).tolist() == [0]
-    # Without malignancy, scores may tell; with it they need not be known.
-    assert np.flatnonzero(~usable("malignancy", real)).tolist() == [0, 1]
-    assert np.flatnonzero(~usable("localisation", real)).tolist() == [5]
+    left_out = {
+        (task, is_real): np.flatnonzero(~usable(task, real, is_real)).tolist()
+        for task in get_args(Task)
+        for is_real in (True, False)
+    }
+    # Real nodules need a malignancy that says something, synthetic ones scores to read it off.
+    assert left_out == {
+        ("classification", True): [0],
+        ("classification", False): [0],
+        ("malignancy", True): [0, 1, 2],
+        ("malignancy", False): [0, 3],
+        ("localisation", True): [5],
+        ("localisation", False): [5],
+        ("segmentation", True): [5],
+        ("segmentation", False): [5],
+    }
+
+
+def test_a_slice_that_shows_a_rare_nodule_beside_its_own_is_rare_where_all_of_it_is_seen() -> None:
+    real = toy(1, each=3)
+    real = replace(real, plane=np.array([0, 0, 1]))
+    assert is_rare("classification", real, "non_solid").tolist() == [True, False, False]
+    assert is_rare("segmentation", real, "non_solid").tolist() == [True, True, False]
 
 
 def test_layout_and_box_move_with_the_augmented_image() -> None:

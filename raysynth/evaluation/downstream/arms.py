@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysynth.config.downstream import DownstreamConfig, Imbalance, Task
+from raysynth.config.sampling import TextureClass
 from raysynth.errors import InputError
 from raysynth.evaluation.downstream.augment import augmented
 from raysynth.evaluation.downstream.examples import Examples, concatenate, of_texture
@@ -62,7 +63,7 @@ def plan_arms(
     Raises:
         InputError: too few samples for an arm, or a test patient among those who teach.
     """
-    rows = np.flatnonzero(usable(task, real) & ~fold.tests(real.patient))
+    rows = np.flatnonzero(usable(task, real, is_real=True) & ~fold.tests(real.patient))
     if not len(rows):
         raise InputError(
             f"downstream.tasks {task}: no real training sample in fold {fold.number}; leave the "
@@ -85,29 +86,36 @@ def plan_arms(
     if config.augmented_copies:
         arms.append(Arm(AUGMENTED, rows, copies=config.augmented_copies))
     if config.imbalance is not None:
-        arms += _thinned(config.imbalance, rows, real, synthetic, pools, seed)
+        arms += _thinned(task, config.imbalance, rows, real, synthetic, pools, seed)
     return arms
 
 
-def usable(task: Task, examples: Examples) -> NDArray[np.bool_]:
+def usable(task: Task, examples: Examples, is_real: bool) -> NDArray[np.bool_]:
     """Which slices a task can take; of an image that was cut for two nodules it may want one."""
     match task:
         case "classification":
             return examples.boxed
         case "malignancy":
-            rated = np.isfinite(examples.malignancy)
-            told = ~rated & np.isfinite(examples.scores).all(axis=1)
-            certain: NDArray[np.bool_] = rated & (examples.malignancy != 3)
-            return examples.boxed & (certain | told)
+            certain = np.isfinite(examples.malignancy) & (examples.malignancy != 3)
+            told = np.isfinite(examples.scores).all(axis=1)
+            return examples.boxed & (certain if is_real else told)
         case _:
             first = np.zeros(len(examples), bool)
             first[np.unique(examples.plane, return_index=True)[1]] = True
             return first
 
 
+def is_rare(task: Task, examples: Examples, texture: TextureClass) -> NDArray[np.bool_]:
+    """Which slices were cut for such a nodule or, where tasks see all of a slice, show one."""
+    cut_for = of_texture(examples, texture)
+    if task in ("classification", "malignancy"):
+        return cut_for
+    return np.isin(examples.plane, examples.plane[cut_for])
+
+
 def lent(task: Task, synthetic: Examples, fold: Fold, seed: int) -> Rows:
     """Rows of an origin that a fold may train on, in random order, so a prefix is a sample."""
-    rows = np.flatnonzero(usable(task, synthetic) & ~fold.tests(synthetic.patient))
+    rows = np.flatnonzero(usable(task, synthetic, is_real=False) & ~fold.tests(synthetic.patient))
     return np.random.default_rng(seed_of("synthetic", seed, fold.number)).permutation(rows)
 
 
@@ -122,6 +130,7 @@ def samples_of(arm: Arm, real: Examples, synthetic: Mapping[str, Examples], seed
 
 
 def _thinned(
+    task: Task,
     imbalance: Imbalance,
     rows: Rows,
     real: Examples,
@@ -134,7 +143,7 @@ def _thinned(
     Whole patients lose their rare nodules: neighbouring slices of one would be hardly fewer.
     """
     texture = imbalance.texture
-    rare = rows[of_texture(real, texture)[rows]]
+    rare = rows[is_rare(task, real, texture)[rows]]
     patients = sorted(set(real.patient[rare].tolist()), key=lambda key: seed_of("rare", seed, key))
     if len(patients) < 2:
         raise InputError(
@@ -147,7 +156,7 @@ def _thinned(
     thinned = rows[~np.isin(rows, rare[~stays])]
     arms = [Arm(THINNED, thinned, is_thinned=True)]
     for origin, pool in pools.items():
-        fitting = pool[of_texture(synthetic[origin], texture)[pool]]
+        fitting = pool[is_rare(task, synthetic[origin], texture)[pool]]
         if not len(fitting):
             raise InputError(
                 f"downstream.imbalance: no usable sample of {origin} was asked for with a "

@@ -160,7 +160,7 @@ def read_real(root: zarr.Group, samples: SampleSet, taught: frozenset[str]) -> E
         layout=samples.read("layout"),
         box=samples.index["box"],
         patient=of_case[case],
-        plane=plane.astype(np.int64),
+        plane=plane.reshape(-1).astype(np.int64),
         scores=scores.astype(np.float32),
         malignancy=_malignancy(ratings),
         held_out=samples.index["split"] != SPLITS.index("train"),

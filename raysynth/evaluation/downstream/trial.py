@@ -10,7 +10,7 @@ import numpy as np
 
 from raysynth.config.downstream import DownstreamConfig, Task
 from raysynth.errors import InputError
-from raysynth.evaluation.downstream.arms import REAL, Arm, plan_arms, samples_of, usable
+from raysynth.evaluation.downstream.arms import REAL, Arm, is_rare, plan_arms, samples_of, usable
 from raysynth.evaluation.downstream.examples import Examples, of_texture
 from raysynth.evaluation.downstream.figures import ALPHA, Figures, Measure, figures_of
 from raysynth.evaluation.downstream.folds import Fold, make_folds
@@ -192,14 +192,15 @@ def _train_and_test(
     # One seed for all arms of a fold: as they start alike, their differences vary less.
     own = seed_of("network", seed, job.task, job.fold.number, job.number)
     torch.manual_seed(own)
-    test = real.take(usable(job.task, real) & job.fold.tests(real.patient))
+    tests = usable(job.task, real, is_real=True) & job.fold.tests(real.patient)
+    test = real.take(tests)
     train = samples_of(job.arm, real, synthetic, own)
     learn, _ = learn_task(job.task)
     table = learn(train, test, config, own)
     rows = table.pop("row")
     table["patient"] = test.patient[rows]
     if config.imbalance is not None:
-        table["is_rare"] = of_texture(test, config.imbalance.texture)[rows]
+        table["is_rare"] = is_rare(job.task, real, config.imbalance.texture)[tests][rows]
     return table
 
 
