@@ -44,7 +44,7 @@ TRIAL = DownstreamConfig(
     folds=10,
     ratios=(RATIO,),
     augmented_copies=4,
-    steps=300,
+    steps=150,
     batch_size=32,
     width=8,
     backbone="narrow",
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     """Runs the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work-dir", type=Path)
     options = parser.parse_args(arguments)
     facts, started = facts_of_run("torch", "torchvision"), time.monotonic()

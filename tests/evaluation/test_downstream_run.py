@@ -1,50 +1,56 @@
-"""`raysynth downstream` on a recipe of phantoms, from the scans to the page."""
+"""`raysynth downstream` on a store of phantoms, from the recipe to the page."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
+from raysynth.case import CONDITION_COLUMNS
 from raysynth.cli import main
-from raysynth.config import load_recipe
+from raysynth.config import ExperimentConfig, load_recipe
 from raysynth.errors import InputError
-from raysynth.evaluation.downstream.from_store import read_real, read_synthetic, taught
-from raysynth.store.reader import SampleSet, open_group
+from raysynth.evaluation.downstream.examples import NOBODY
+from raysynth.evaluation.downstream.from_store import (
+    downstream,
+    read_real,
+    read_synthetic,
+    taught,
+)
+from raysynth.models.bundle import save_bundle
+from raysynth.models.facts import BundleFacts
+from raysynth.phantom.patient import phantom_case
+from raysynth.preprocess.slices import cut_slices, plan_slices
+from raysynth.store.reader import SampleSet, case_attrs, open_group
 from raysynth.store.repository import open_root
+from raysynth.store.run import StoreRun
+from raysynth.store.writer import (
+    create_sample_set,
+    create_volume,
+    set_index,
+    write_rows,
+    write_volume,
+)
+from storage_schema.v1 import SPLITS, sample_set, synthetic_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+NUM_PATIENTS, NUM_TRAINING, NUM_DRAWN = 8, 3, 60
+
+SHARED = {"kind": "slices", "intensity": "hu", "parent_snapshot": "none"}
 
 RECIPE = """
 work_dir: {work_dir}
 data:
   source:
     kind: phantom
-    num_patients: 10
+    num_patients: 8
     spacing_mm: [10.0, 6.0, 6.0]
-    nodules_per_patient: [2, 3]
+    nodules_per_patient: [5, 7]
     min_diameter_mm: 20
-  split: {{val: 0.2, test: 0.4}}
-  samples: {{size: 48, spacing_mm: 10.0, nodule_free_every: 4}}
-model:
-  family: semantic_diffusion
-  channels: [8, 16]
-  attention_levels: [false, false]
-  num_res_blocks: 1
-  norm_num_groups: 4
-training:
-  global_batch_size: 8
-  open_shards: 4
-  max_seen_samples: 16
-sampling:
-  num_samples: 48
-  num_inference_steps: 2
-  batch_size: 16
-  cohort: {{texture: {{solid: 0.5}}}}
-evaluation: {{controls: false}}
+  samples: {{size: 48, spacing_mm: 5.0, nodule_free_every: 4}}
+model: {{family: semantic_diffusion}}
 downstream:
   tasks: [classification, malignancy, localisation, segmentation]
   folds: 3
@@ -63,17 +69,91 @@ ARMS = ["real", "+ synthetic x0.5", "duplicated", "augmented"]
 RARE = ["thinned", "thinned + synthetic", "thinned, oversampled", "real"]
 
 
+def _write_real(root: zarr.Group, config: ExperimentConfig) -> None:
+    """Some patients to train on, and others who are held out."""
+    samples = config.slices
+    cut, index, cases = [], [], []
+    for number in range(NUM_PATIENTS):
+        split = "train" if number < NUM_TRAINING else "test"
+        case = phantom_case(config.data.source, number, split)
+        write_volume(create_volume(root, case), case)
+        plans = plan_slices(case_attrs(root, case.case_id), samples)
+        cut.append(cut_slices(case, plans, samples))
+        index += [(number, plan.z_mm, plan.nodule, SPLITS.index(split)) for plan in plans]
+        cases.append(case.case_id)
+    columns = dict(zip(("case", "z_mm", "nodule", "split"), zip(*index, strict=True), strict=True))
+    hu, layout, box, ratings = (
+        np.concatenate([getattr(one, name) for one in cut])
+        for name in ("hu", "layout", "box", "ratings")
+    )
+    attributes = SHARED | {
+        "cases": cases,
+        "pixel_mm": samples.pixel_mm,
+        "fingerprint": "f" * 12,
+        "settings": samples.settings(),
+        "spacing_mm": samples.spacing_mm,
+        "field_of_view_mm": samples.field_of_view_mm,
+    }
+    spec = sample_set(len(hu), hu.shape[1:])
+    group = create_sample_set(root, f"samples/{samples.name}", spec, attributes)
+    set_index(group, columns | {"box": box, "ratings": ratings, "has_nodule": box[:, 0] >= 0})
+    write_rows(group, 0, {"hu": hu, "layout": layout})
+
+
+def _write_run(root: zarr.Group, bundle: str) -> None:
+    """A `model` that repeats its training patients; every third sample was not accepted."""
+    real = SampleSet(open_group(root, "samples/slices"))
+    boxed = (real.index["split"] == 0) & (real.index["box"][:, 0] >= 0)
+    rows = np.resize(np.flatnonzero(boxed), NUM_DRAWN)
+    attributes = SHARED | {
+        "cases": real.attrs["cases"],
+        "pixel_mm": real.pixel_mm,
+        "bundle": bundle,
+        "plan": "p" * 12,
+        "source_set": "slices",
+        "passport": {"sampling": {"num_inference_steps": 50}},
+    }
+    spec = synthetic_run(NUM_DRAWN, real.shape)
+    group = create_sample_set(root, "synthetic/tiny", spec, attributes)
+    columns = {
+        "box": real.index["box"][rows],
+        "source_case": np.where(np.arange(NUM_DRAWN) == 0, -1, real.index["case"][rows]),
+        "attributes": real.index["ratings"][rows, 0][:, CONDITION_COLUMNS],
+        "accepted": np.arange(NUM_DRAWN) % 3 > 0,
+    }
+    set_index(group, columns)
+    write_rows(group, 0, {"hu": real.read("hu")[rows], "layout": real.read("layout")[rows]})
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe whose samples have been drawn."""
+    """A recipe with a store, a bundle and a synthetic run."""
     folder = tmp_path_factory.mktemp("downstream")
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.format(work_dir=folder / "run"))
-    for verb in ("ingest", "shard", "train", "synthesize"):
-        assert main([verb, str(path)]) == 0
+    config = load_recipe(path)
+    with StoreRun(config.store_url, verb="test", fingerprint="a" * 12) as run:
+        run.declare(lambda root: _write_real(root, config), "real")
+        snapshot = run.publish("patients")
+    facts = BundleFacts(
+        model=config.model,
+        samples=config.slices,
+        intensity="hu",
+        sources=("phantom",),
+        snapshot=snapshot,
+        patients={"train": NUM_TRAINING, "test": NUM_PATIENTS - NUM_TRAINING},
+        indicative=True,
+        seen_samples=8,
+    )
+    digest = save_bundle(config.bundle_path, facts, denoiser={})
+    with StoreRun(config.store_url, verb="test", fingerprint="b" * 12) as run:
+        run.declare(lambda root: _write_run(root, digest), "drawn")
+        run.publish("a run")
     return path
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_a_recipe_is_put_to_the_trial(recipe: Path) -> None:
     assert main(["downstream", str(recipe)]) == 0
     folder = recipe.parent / "run" / "evaluation"
@@ -107,10 +187,16 @@ def test_synthetic_samples_descend_from_their_lenders(recipe: Path) -> None:
     real = read_real(root, SampleSet(open_group(root, "samples/slices")), taught(config))
     run = SampleSet(open_group(root, "synthetic/tiny"))
     drawn = read_synthetic(root, run, accepted_only=False)
-    assert set(drawn.patient.tolist()) <= taught(config)
+    assert taught(config) == {f"phantom-0-{number}" for number in range(NUM_TRAINING)}
+    assert set(drawn.patient[1:].tolist()) <= taught(config)
+    assert drawn.patient[0] == NOBODY
+    assert len(set(real.patient[real.held_out].tolist())) == NUM_PATIENTS - NUM_TRAINING
     assert not set(real.patient[real.held_out].tolist()) & taught(config)
-    assert np.isfinite(drawn.scores[drawn.boxed]).all()
-    assert len(read_synthetic(root, run, accepted_only=False)) == 48
+    assert np.isnan(drawn.malignancy).all()
+    assert len(read_synthetic(root, run, accepted_only=True)) == 40
+    # A nodule's slices have its scores, and slices of a plane its number.
+    assert np.isfinite(real.scores[real.boxed]).all()
+    assert len(set(real.plane.tolist())) < len(real)
 
 
 BAD = {
@@ -122,12 +208,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_tried_is_refused(
-    recipe: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_tried_is_refused(recipe: Path, case: str) -> None:
     override, message = BAD[case]
-    assert main(["downstream", str(recipe), "--set", override]) == 2
-    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    config = load_recipe(recipe, [override])
+    with pytest.raises(InputError, match=message):
+        downstream(config)
 
 
 def test_patients_who_taught_the_generator_may_not_be_held_out_now(recipe: Path) -> None:

@@ -38,7 +38,9 @@ def fit(
         batch_size: samples a step.
         seed: of their order.
     """
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), config.learning_rate, weight_decay=0.01, fused=True
+    )
     batches = _batches(count, batch_size, np.random.default_rng(seed))
     network.train()
     for step in range(config.steps):
