@@ -74,6 +74,7 @@ for _verb, _help_text in {
     "synthesize": "Draw synthetic, labelled samples into the store.",
     "evaluate": "Judge the synthetic samples against held-out real ones; write the report.",
     "audit": "Look for copies of training samples; exit 3 if the run must not leave.",
+    "downstream": "Train networks with and without the synthetic samples: do these help?",
 }.items():
     _add_stage(_verb, _help_text)
 

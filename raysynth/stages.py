@@ -87,6 +87,13 @@ def export(
     return asdict(formats[file_format](config.absolute(), folder.absolute(), without_audit))
 
 
+def downstream(config: ExperimentConfig) -> Result:
+    """Puts the synthetic samples to the trial: do networks learn more with them?"""
+    from raysynth.evaluation.downstream.from_store import downstream as run
+
+    return _on_the_card("downstream", config, run)
+
+
 def compare(configs: Sequence[ExperimentConfig]) -> Result:
     """Trains, draws and judges what is not there yet, and puts the recipes beside each other."""
     from raysynth.evaluation.compare import check_comparable

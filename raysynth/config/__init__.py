@@ -13,6 +13,7 @@ from raysynth.config.data import (
     SliceSamples,
     SplitConfig,
 )
+from raysynth.config.downstream import DownstreamConfig, Imbalance
 from raysynth.config.evaluation import EvaluationConfig
 from raysynth.config.experiment import ExperimentConfig
 from raysynth.config.model import (
@@ -47,6 +48,7 @@ __all__ = [
     "DicomSource",
     "Diffusion",
     "DiffusionConfig",
+    "DownstreamConfig",
     "EvaluationConfig",
     "ExperimentConfig",
     "ExtractorConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "Gan",
     "HoleFilling",
     "ImageSource",
+    "Imbalance",
     "InpaintingConfig",
     "LatentDiffusionConfig",
     "LidcSlicesSource",

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from raysynth.config.audit import AuditConfig
 from raysynth.config.base import Section
 from raysynth.config.data import DataConfig, SliceSamples
+from raysynth.config.downstream import DownstreamConfig
 from raysynth.config.evaluation import BUNDLE_PREFIX, EvaluationConfig
 from raysynth.config.model import (
     Diffusion,
@@ -57,6 +58,7 @@ class ExperimentConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     audit: AuditConfig = AuditConfig()
+    downstream: DownstreamConfig = DownstreamConfig()
 
     @property
     def store_url(self) -> str:

@@ -30,20 +30,7 @@ def notices_of(
         metrics: what came out.
     """
     real, synthetic = sets["real"], sets["synthetic"]
-    notices = []
-    kinds = {case_attrs(root, case).source.get("kind") for case in real.attrs["cases"]}
-    if kinds == {"phantom"}:
-        notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
-    elif "phantom" in kinds:
-        notices.append("some patients are phantoms, the others real: use a store for each")
-    if real.attrs["intensity"] != "hu":
-        low, high = LUNG_WINDOW_HU
-        notices.append(
-            "grey values without a unit: nothing here is in HU. Distances (their keys say "
-            "`relative`) are of the whole grey range; a nodule counts as found where it stands out "
-            f"by {MIN_CONTRAST_HU / (high - low):.0%} of that range from lung in its lower "
-            f"{(MAX_LUNG_HU - low) / (high - low):.0%}"
-        )
+    notices = kind_notices(root, real)
     if is_indicative(patients["real"]):
         notices.append(f"indicative only: {patients['real']} patients")
     if patients["real"] < 2:
@@ -79,4 +66,23 @@ def notices_of(
     places = {key.split("/")[2] for key in metrics}
     if not any(place.startswith("nodule") for place in places):
         notices.append("too few nodules to judge them apart")
+    return notices
+
+
+def kind_notices(root: zarr.Group, real: SampleSet) -> list[str]:
+    """Sentences on phantoms, and on grey values without a unit."""
+    notices = []
+    kinds = {case_attrs(root, case).source.get("kind") for case in real.attrs["cases"]}
+    if kinds == {"phantom"}:
+        notices.append("all patients are phantoms: these figures are a smoke test, not evidence")
+    elif "phantom" in kinds:
+        notices.append("some patients are phantoms, the others real: use a store for each")
+    if real.attrs["intensity"] != "hu":
+        low, high = LUNG_WINDOW_HU
+        notices.append(
+            "grey values without a unit: nothing here is in HU. Distances (their keys say "
+            "`relative`) are of the whole grey range; a nodule counts as found where it stands out "
+            f"by {MIN_CONTRAST_HU / (high - low):.0%} of that range from lung in its lower "
+            f"{(MAX_LUNG_HU - low) / (high - low):.0%}"
+        )
     return notices

@@ -167,6 +167,24 @@ class AuditPage:
     pairs: Sequence[Tile]
 
 
+@dataclass(frozen=True)
+class UsefulnessPage:
+    """What `raysynth downstream` shows.
+
+    Attributes:
+        notices: what a reader must know beside the figures.
+        tables: heading and a row for each arm, by title.
+        verdicts: a sentence for each arm, by the same titles.
+        excluded: on samples that were left out.
+    """
+
+    title: str
+    notices: Sequence[str]
+    tables: Mapping[str, Sequence[Sequence[str]]]
+    verdicts: Mapping[str, Sequence[str]]
+    excluded: str
+
+
 def write_report(data: ReportData, path: Path) -> None:
     """Renders a run's report to `path`, replacing what is there in one step."""
     _write(
@@ -228,6 +246,11 @@ def write_audit(data: AuditPage, path: Path) -> None:
     pairs = [_tile(tile, LUNG_WINDOW_HU) for tile in data.pairs]
     rows = [pairs[start : start + 3] for start in range(0, len(pairs), 3)]
     _write("audit.html", path, LUNG_WINDOW_HU, data=data, rows=rows)
+
+
+def write_usefulness(data: UsefulnessPage, path: Path) -> None:
+    """Renders a usefulness trial to `path`, replacing what is there in one step."""
+    _write("usefulness.html", path, DISPLAY_WINDOW_HU, data=data)
 
 
 def _write(template: str, path: Path, window_hu: tuple[float, float], **values: object) -> None:

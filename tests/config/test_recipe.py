@@ -35,6 +35,9 @@ BAD = {
     "endless field": (MINIMAL, ["data.samples.field_of_view_mm=.inf"], "field_of_view_mm is inf"),
     "window upside down": (MINIMAL, ["model.window_hu=[5, 1]"], "low < high"),
     "no patients left": (MINIMAL, ["data.split={val: 0.5, test: 0.5}"], "nothing is left to train"),
+    "a trial of nothing": (MINIMAL, ["downstream.tasks=[]"], "tasks nothing: give one or more"),
+    "a ratio twice": (MINIMAL, ["downstream.ratios=[1, 1.0]"], "ratios 1.0, 1.0: .* each once"),
+    "all rare ones kept": (MINIMAL, ["downstream.imbalance={kept: 1}"], "imbalance.kept is 1"),
     "override without value": (MINIMAL, ["seed"], "write it as section.key=value"),
     "override below a value": (MINIMAL, ["seed=1", "seed.x=2"], "seed is a value, not a section"),
     "a flow on another schedule": (

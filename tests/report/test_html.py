@@ -15,8 +15,10 @@ from raysynth.report.html import (
     ReportData,
     SweepSection,
     Tile,
+    UsefulnessPage,
     write_comparison,
     write_report,
+    write_usefulness,
 )
 from raysynth.report.pictures import grey, overlay_svg
 
@@ -126,6 +128,25 @@ def test_a_comparison_shows_patients_and_recipes_in_the_window_of_the_models(
     for text in ("all patients are phantoms", "a patient", "a drawing", "one is closer", "copied"):
         assert text in page
     assert page.count("<table>") == 3
+
+
+def test_a_trial_of_usefulness_shows_a_table_and_verdicts_for_each_task(tmp_path: Path) -> None:
+    path = tmp_path / "usefulness.html"
+    rows = [["arm", "accuracy"], ["real", "85.76 ± 1.69"]]
+    write_usefulness(
+        UsefulnessPage(
+            title="Is it of use?",
+            notices=["all patients are phantoms"],
+            tables={"classification": rows, "localisation": rows},
+            verdicts={"classification": ["it <helps>"], "localisation": ["it hurts"]},
+            excluded="3 samples were left out.",
+        ),
+        path,
+    )
+    page = path.read_text()
+    for text in ("phantoms", "it &lt;helps&gt;", "it hurts", "85.76 ± 1.69", "3 samples were left"):
+        assert text in page
+    assert page.count("<table>") == 2
 
 
 def test_the_overlay_lies_on_its_pixels() -> None:

@@ -1,0 +1,11 @@
+"""Train networks with and without a recipe's synthetic samples: do these help?
+
+ray job submit --working-dir . -- python -m jobs.downstream jobs/recipes/phantom_demo.yaml
+"""
+
+import sys
+
+from raysynth.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["downstream", *sys.argv[1:]]))
