@@ -148,15 +148,23 @@ def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSe
             f"synthetic/{config.name} belongs to the sample set {synthetic.attrs['source_set']}, "
             f"the recipe's data.samples.name is {name}: audit it with the recipe that drew it"
         )
-    if config.bundle_path.exists():
-        facts = read_facts(config.bundle_path)
-        learned = open_root(config.store_url, facts.snapshot).get(f"samples/{name}")
-        if learned is None or learned.attrs["fingerprint"] != real.attrs["fingerprint"]:
-            raise InputError(
-                f"bundle {config.bundle_path} did not learn from samples/{name} as it is now: "
-                "audit in the store that it was trained in"
-            )
+    if config.bundle_path.exists():  # on another machine it may not be
+        _check_learned(config, real)
     return {"real": real, "synthetic": synthetic}
+
+
+def _check_learned(config: ExperimentConfig, real: SampleSet) -> None:
+    """The bundle must have learned from the set that its samples are held against."""
+    snapshot, name = read_facts(config.bundle_path).snapshot, real.group.path
+    try:
+        learned = open_root(config.store_url, snapshot).get(name)
+    except InputError:
+        learned = None
+    if learned is None or learned.attrs["fingerprint"] != real.attrs["fingerprint"]:
+        raise InputError(
+            f"bundle {config.bundle_path} did not learn from {name} of store {config.store_url} as "
+            "it is now: audit in the store that it was trained in"
+        )
 
 
 def _fingerprint(config: ExperimentConfig, sets: Mapping[str, SampleSet]) -> str:

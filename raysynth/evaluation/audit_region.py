@@ -70,6 +70,8 @@ class RegionAudit:
         by_criterion: flagged ones that each criterion would flag by itself.
         likely_ncc: samples whose correlation with a training sample is above .95; and the share of
             held-out ones for which it is, `likely_ncc_held_out`.
+        below_first_percentile: share of samples that are nearer than 99 % of held-out ones, by
+            criterion; .01: no leak.
         leaks: by embedding.
     """
 
@@ -87,6 +89,7 @@ class RegionAudit:
     by_criterion: dict[str, int]
     likely_ncc: int
     likely_ncc_held_out: float
+    below_first_percentile: dict[str, float]
     leaks: dict[str, Leak]
 
 
@@ -168,6 +171,13 @@ def audit_region(
         by_criterion=dict(zip(CRITERIA, map(int, by_criterion), strict=True)),
         likely_ncc=int((near.distance[:, 2] < 1 - LIKELY_NCC).sum()),
         likely_ncc_held_out=float((near_held_out.distance[:, 2] < 1 - LIKELY_NCC).mean()),
+        below_first_percentile={
+            name: float((ours < np.quantile(theirs, 0.01)).mean())
+            for name, ours, theirs in zip(
+                CRITERIA, near.distance.T, near_held_out.distance.T, strict=True
+            )
+            if np.isfinite(theirs).all()
+        },
         leaks=_leaks(run, banks, handles, config.num_bootstrap, seed),
     )
     return found, scores

@@ -169,6 +169,10 @@ def _figures(region: Mapping[str, Any]) -> list[list[str]]:
             "",
         ],
     ]
+    rows += [
+        [f"{criterion}: nearer than 99 % of held-out samples", f"{share:.2%}", "", "1 %"]
+        for criterion, share in region["below_first_percentile"].items()
+    ]
     for embedding, leak in region["leaks"].items():
         for field, words, chance in (
             ("nearer_share", "nearer to training than to as many held-out samples", "50 %"),
