@@ -138,7 +138,7 @@ BAD = {
     "an extractor nobody knows": (
         MINIMAL,
         ["evaluation.extractors=[vgg]"],
-        "evaluation: extractors: no extractor 'vgg'; there are ct-conv, inception2048",
+        "evaluation: extractors: no extractor 'vgg'; there are ct-conv, bundle:PATH",
     ),
     "no extractor": (MINIMAL, ["evaluation.extractors=[]"], r"evaluation.extractors is \[\]"),
     "one extractor twice": (
