@@ -153,14 +153,14 @@ def _of_covariances(shift: Array, covariance_r: Array, covariance_s: Array) -> f
         lower = np.linalg.cholesky(covariance_r)
     except np.linalg.LinAlgError:
         return None
-    squared = np.linalg.eigvalsh(lower.T @ covariance_s @ lower)
-    if squared[0] <= 0:
-        return None
+    squared = np.maximum(np.linalg.eigvalsh(lower.T @ covariance_s @ lower), 0)
     trace = np.trace(covariance_r) + np.trace(covariance_s)
     distance = float(shift @ shift + trace - 2 * np.sqrt(squared).sum())
-    # To first order, with independent errors of an ulp of the largest in each eigenvalue. Spectra
-    # that fall as i^-2, or are flat, stay below a fifth of that.
-    rounding = np.finfo(np.float64).eps * squared[-1] * np.sqrt(np.sum(1 / squared))
+    # Independent errors of an ulp of the largest in each eigenvalue change a root by the ulp over
+    # that root, at most by the ulp's own root. Measured on spectra from flat to i^-4, errors
+    # reach this only where it is above `PRECISION`, and lie far below it elsewhere.
+    ulp = np.finfo(np.float64).eps * squared[-1]
+    rounding = ulp * np.sqrt(np.sum(1 / np.maximum(squared, ulp)))
     return distance if rounding <= PRECISION * distance else None
 
 
