@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigvalsh
 
 from raysynth.errors import InputError
 from raysynth.metrics.samples import Features, checked_features, checked_pair
@@ -145,15 +146,15 @@ def frechet_distance_of(real: Features, synthetic: Features) -> float:
 def _of_covariances(shift: Array, covariance_r: Array, covariance_s: Array) -> float | None:
     """The distance of covariances of full rank; None where rounding could be felt in it.
 
-    With `S_r = L L^T` the eigenvalues of S_r S_s are those of the symmetric `L^T S_s L`, which take
-    a fraction of the time of singular values. Their rounding, relative to the largest one, weighs
-    the more in a root the smaller that is.
+    The eigenvalues of S_s S_r are those of the symmetric `L^T S_s L` where `S_r = L L^T`: a
+    generalized symmetric problem, a small part of the work of singular values. Their rounding,
+    relative to the largest one, weighs the more in a root the smaller that is.
     """
     try:
-        lower = np.linalg.cholesky(covariance_r)
+        found = eigvalsh(covariance_s, covariance_r, type=2, driver="gv", check_finite=False)
     except np.linalg.LinAlgError:
         return None
-    squared = np.maximum(np.linalg.eigvalsh(lower.T @ covariance_s @ lower), 0)
+    squared: Array = np.maximum(found, 0)
     trace = np.trace(covariance_r) + np.trace(covariance_s)
     distance = float(shift @ shift + trace - 2 * np.sqrt(squared).sum())
     # Independent errors of an ulp of the largest in each eigenvalue change a root by the ulp over
