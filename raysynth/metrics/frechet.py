@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigvalsh
 
 from raysynth.errors import InputError
 from raysynth.metrics.samples import Features, checked_features, checked_pair
@@ -145,22 +146,22 @@ def frechet_distance_of(real: Features, synthetic: Features) -> float:
 def _of_covariances(shift: Array, covariance_r: Array, covariance_s: Array) -> float | None:
     """The distance of covariances of full rank; None where rounding could be felt in it.
 
-    With `S_r = L L^T` the eigenvalues of S_r S_s are those of the symmetric `L^T S_s L`, which take
-    a fraction of the time of singular values. Their rounding, relative to the largest one, weighs
-    the more in a root the smaller that is.
+    The eigenvalues of S_s S_r are those of the symmetric `L^T S_s L` where `S_r = L L^T`: a
+    generalized symmetric problem, a small part of the work of singular values. Their rounding,
+    relative to the largest one, weighs the more in a root the smaller that is.
     """
     try:
-        lower = np.linalg.cholesky(covariance_r)
+        found = eigvalsh(covariance_s, covariance_r, type=2, driver="gv", check_finite=False)
     except np.linalg.LinAlgError:
         return None
-    squared = np.linalg.eigvalsh(lower.T @ covariance_s @ lower)
-    if squared[0] <= 0:
-        return None
+    squared: Array = np.maximum(found, 0)
     trace = np.trace(covariance_r) + np.trace(covariance_s)
     distance = float(shift @ shift + trace - 2 * np.sqrt(squared).sum())
-    # To first order, with independent errors of an ulp of the largest in each eigenvalue. Spectra
-    # that fall as i^-2, or are flat, stay below a fifth of that.
-    rounding = np.finfo(np.float64).eps * squared[-1] * np.sqrt(np.sum(1 / squared))
+    # Independent errors of an ulp of the largest in each eigenvalue change a root by the ulp over
+    # that root, at most by the ulp's own root. Measured on spectra from flat to i^-4, errors
+    # reach this only where it is above `PRECISION`, and lie far below it elsewhere.
+    ulp = np.finfo(np.float64).eps * squared[-1]
+    rounding = ulp * np.sqrt(np.sum(1 / np.maximum(squared, ulp)))
     return distance if rounding <= PRECISION * distance else None
 
 
