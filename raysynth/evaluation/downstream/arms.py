@@ -18,6 +18,9 @@ from raysynth.seeding import seed_of
 
 Rows = NDArray[np.int64]
 
+MIDDLE = 3.0
+"""Readers' mean malignancy: below it benign, above malignant; what is rated so is left out."""
+
 REAL, DUPLICATED, AUGMENTED = "real", "duplicated", "augmented"
 THINNED, OVERSAMPLED = "thinned", "thinned, oversampled"
 
@@ -96,9 +99,11 @@ def usable(task: Task, examples: Examples, is_real: bool) -> NDArray[np.bool_]:
         case "classification":
             return examples.boxed
         case "malignancy":
-            certain = np.isfinite(examples.malignancy) & (examples.malignancy != 3)
-            told = np.isfinite(examples.scores).all(axis=1)
-            return examples.boxed & (certain if is_real else told)
+            said: NDArray[np.bool_] = np.isfinite(examples.scores).all(axis=1)
+            if is_real:
+                rating = examples.malignancy
+                said = np.isfinite(rating) & np.not_equal(rating, MIDDLE)
+            return examples.boxed & said
         case _:
             first = np.zeros(len(examples), bool)
             first[np.unique(examples.plane, return_index=True)[1]] = True

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 
 from raysynth.config.downstream import DownstreamConfig
 from raysynth.errors import InputError
+from raysynth.evaluation.downstream.arms import MIDDLE
 from raysynth.evaluation.downstream.classification import crop_size, learn_crops
 from raysynth.evaluation.downstream.examples import Examples
 from raysynth.evaluation.downstream.tables import Table
 from raysynth.evaluation.regions import cut_crops
-
-MIDDLE = 3.0
-"""Below it the readers' mean is benign, above malignant; nodules rated so are left out."""
 
 RIDGE, NUM_STEPS = 1.0, 25
 
