@@ -99,7 +99,7 @@ def usable(task: Task, examples: Examples, is_real: bool) -> NDArray[np.bool_]:
         case "classification":
             return examples.boxed
         case "malignancy":
-            said: NDArray[np.bool_] = np.isfinite(examples.scores).all(axis=1)
+            said: NDArray[np.bool_] = np.isfinite(examples.scores.sum(axis=1))
             if is_real:
                 rating = examples.malignancy
                 said = np.isfinite(rating) & np.not_equal(rating, MIDDLE)
