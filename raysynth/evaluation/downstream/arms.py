@@ -90,6 +90,9 @@ def plan_arms(
         arms.append(Arm(AUGMENTED, rows, copies=config.augmented_copies))
     if config.imbalance is not None:
         arms += _thinned(task, config.imbalance, rows, real, synthetic, pools, seed)
+    if task == "malignancy":
+        for arm in arms:
+            _both_kinds(real.malignancy[arm.real])
     return arms
 
 
@@ -171,6 +174,15 @@ def _thinned(
         arms.append(Arm(name, thinned, origin, fitting[:removed], is_thinned=True))
     again = np.resize(rare[stays], removed)
     return [*arms, Arm(OVERSAMPLED, np.concatenate([thinned, again]), is_thinned=True)]
+
+
+def _both_kinds(malignancy: NDArray[np.float32]) -> None:
+    if len(np.unique(malignancy > MIDDLE)) < 2:
+        raise InputError(
+            f"downstream.tasks malignancy: the {len(malignancy)} rated nodule slices of an arm's "
+            "training patients are all benign or all malignant; leave the task out, or ingest more "
+            "patients"
+        )
 
 
 def _enough(task: Task, origin: str, ratio: float, wanted: int, pool: Rows) -> None:
