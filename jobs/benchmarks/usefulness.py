@@ -35,15 +35,15 @@ from raysynth.session import connect
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 
-NUM_REAL, NUM_OTHERS, RATIO = 10, 48, 4.0
+NUM_REAL, NUM_OTHERS, RATIO = 12, 60, 4.0
 
 TASKS: tuple[Task, ...] = ("classification",)
 
 TRIAL = DownstreamConfig(
     tasks=TASKS,
-    folds=10,
+    folds=NUM_REAL,
     ratios=(RATIO,),
-    augmented_copies=4,
+    augmented_copies=0,
     steps=150,
     batch_size=32,
     width=8,
@@ -96,7 +96,7 @@ def phantoms(work_dir: Path, count: int, seed: int, test: float) -> Examples:
                     "num_patients": count,
                     "seed": seed,
                     "spacing_mm": (5.0, 2.0, 2.0),
-                    "nodules_per_patient": (3, 5),
+                    "nodules_per_patient": (7, 9),
                     "min_diameter_mm": 6,
                 },
                 "split": {"val": 0.0, "test": test},

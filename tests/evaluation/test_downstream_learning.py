@@ -91,9 +91,9 @@ def test_labels_of_synthetic_nodules_are_read_off_their_scores() -> None:
     guessed = label[len(real) :]
     assert ((guessed > 0.5) == (drawn.scores[:, 0] > 3)).mean() > 0.85
     assert ((guessed > 0) & (guessed < 1)).all()
-    benign = replace(real, malignancy=np.ones_like(real.malignancy))
-    with pytest.raises(InputError, match="all benign or all malignant"):
-        labels_of(benign)
+    train = replace(train, malignancy=np.where(np.isnan(train.malignancy), np.nan, 1))
+    with pytest.raises(InputError, match="too few real nodules have all scores"):
+        labels_of(train)
 
 
 def test_the_logistic_regression_recovers_its_model() -> None:

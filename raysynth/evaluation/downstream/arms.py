@@ -18,6 +18,9 @@ from raysynth.seeding import seed_of
 
 Rows = NDArray[np.int64]
 
+MIDDLE = 3.0
+"""Readers' mean malignancy: below it benign, above malignant; what is rated so is left out."""
+
 REAL, DUPLICATED, AUGMENTED = "real", "duplicated", "augmented"
 THINNED, OVERSAMPLED = "thinned", "thinned, oversampled"
 
@@ -87,6 +90,9 @@ def plan_arms(
         arms.append(Arm(AUGMENTED, rows, copies=config.augmented_copies))
     if config.imbalance is not None:
         arms += _thinned(task, config.imbalance, rows, real, synthetic, pools, seed)
+    if task == "malignancy":
+        for arm in arms:
+            _both_kinds(real.malignancy[arm.real])
     return arms
 
 
@@ -96,9 +102,11 @@ def usable(task: Task, examples: Examples, is_real: bool) -> NDArray[np.bool_]:
         case "classification":
             return examples.boxed
         case "malignancy":
-            certain = np.isfinite(examples.malignancy) & (examples.malignancy != 3)
-            told = np.isfinite(examples.scores).all(axis=1)
-            return examples.boxed & (certain if is_real else told)
+            said: NDArray[np.bool_] = np.isfinite(examples.scores.sum(axis=1))
+            if is_real:
+                rating = examples.malignancy
+                said = np.isfinite(rating) & np.not_equal(rating, MIDDLE)
+            return examples.boxed & said
         case _:
             first = np.zeros(len(examples), bool)
             first[np.unique(examples.plane, return_index=True)[1]] = True
@@ -166,6 +174,15 @@ def _thinned(
         arms.append(Arm(name, thinned, origin, fitting[:removed], is_thinned=True))
     again = np.resize(rare[stays], removed)
     return [*arms, Arm(OVERSAMPLED, np.concatenate([thinned, again]), is_thinned=True)]
+
+
+def _both_kinds(malignancy: NDArray[np.float32]) -> None:
+    if len(np.unique(malignancy > MIDDLE)) < 2:
+        raise InputError(
+            f"downstream.tasks malignancy: the {len(malignancy)} rated nodule slices of an arm's "
+            "training patients are all benign or all malignant; leave the task out, or ingest more "
+            "patients"
+        )
 
 
 def _enough(task: Task, origin: str, ratio: float, wanted: int, pool: Rows) -> None:

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 
 from raysynth.config.downstream import DownstreamConfig
 from raysynth.errors import InputError
+from raysynth.evaluation.downstream.arms import MIDDLE
 from raysynth.evaluation.downstream.classification import crop_size, learn_crops
 from raysynth.evaluation.downstream.examples import Examples
 from raysynth.evaluation.downstream.tables import Table
 from raysynth.evaluation.regions import cut_crops
-
-MIDDLE = 3.0
-"""Below it the readers' mean is benign, above malignant; nodules rated so are left out."""
 
 RIDGE, NUM_STEPS = 1.0, 25
 
@@ -40,16 +38,10 @@ def labels_of(train: Examples) -> NDArray[np.float32]:
     """1 for malignant, 0 for benign; of synthetic nodules, the regression's probability.
 
     Raises:
-        InputError: real nodules are all of one kind.
+        InputError: the real nodules that have scores are all of one kind.
     """
     rated = np.isfinite(train.malignancy)
     label = (train.malignancy > MIDDLE).astype(np.float32)
-    if len(np.unique(label[rated])) < 2:
-        raise InputError(
-            f"downstream.tasks malignancy: the {np.count_nonzero(rated)} rated nodule slices of a "
-            "fold's training patients are all benign or all malignant; leave the task out, or "
-            "ingest more patients"
-        )
     if not rated.all():
         told = np.isfinite(train.scores).all(axis=1)
         known = rated & told
