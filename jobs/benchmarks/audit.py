@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--planted", type=int, default=100, help="of each kind")
     parser.add_argument(
-        "--patients", type=int, default=36, help="phantoms, if there is no real data"
+        "--patients", type=int, default=20, help="phantoms, if there is no real data"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -207,9 +207,12 @@ def _real(data: Path) -> Slices:
 def _phantoms(count: int) -> Slices:
     """Slices of built-in patients with a nodule each."""
     source = PhantomSource(
-        num_patients=count, spacing_mm=(5.0, 2.0, 2.0), nodules_per_patient=(4, 6)
+        num_patients=count,
+        spacing_mm=(2.5, 3.0, 3.0),
+        nodules_per_patient=(12, 16),
+        min_diameter_mm=10,
     )
-    samples = SliceSamples(size=128, spacing_mm=5.0, field_of_view_mm=256, nodule_free_every=0)
+    samples = SliceSamples(size=128, spacing_mm=2.5, field_of_view_mm=256, nodule_free_every=0)
     hu, box, patient = map(np.concatenate, zip(*_cut_phantoms(source, samples), strict=True))
     return Slices(hu, box, patient, "hu")
 
