@@ -181,7 +181,8 @@ def _image_case(ref: CaseRef, source: ImageSource) -> Case:
 def _list_phantoms(source: PhantomSource, config: ExperimentConfig) -> list[CaseRef]:
     # An invented patient needs no pseudonym, and a name that depends on no key makes runs on
     # phantoms the same everywhere. A larger num_patients keeps the names of the first ones.
-    family = fingerprint(source.model_dump(mode="json", exclude={"num_patients"}))
+    no_matter = {"num_patients"} if source.intensity != "hu" else {"num_patients", "intensity"}
+    family = fingerprint(source.model_dump(mode="json", exclude=no_matter))
     names = [f"phantom-{family[:6]}-{number:04d}" for number in range(source.num_patients)]
     splits = _splits(names, config)
     return [

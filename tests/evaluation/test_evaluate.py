@@ -294,18 +294,24 @@ def test_greys_without_a_unit_are_judged_under_another_key(
         evaluate(mixed)
 
 
-def test_a_bundle_of_the_store_may_judge(config: ExperimentConfig, local_ray: None) -> None:
+def test_a_bundle_of_the_store_may_judge(
+    config: ExperimentConfig, local_ray: None, tmp_path: Path
+) -> None:
     learned = ExtractorConfig(channels=(8, 16), feature_dim=6, window_hu=(-1000.0, 400.0))
-    save_extractor(config.work_dir / "bundles" / "features", learned)
+    save_extractor(tmp_path / "bundles" / "features", learned)
     asked = {"extractors": ("bundle:bundles/features",), "guidance_scales": ()}
     evaluation = config.evaluation.model_copy(update=asked)
-    config = config.model_copy(update={"evaluation": evaluation}).absolute()
+    place = {"work_dir": tmp_path, "store": config.store_url}
+    config = config.model_copy(update={"evaluation": evaluation, **place}).absolute()
     judged = evaluate(config)
-    (extractor,) = {key.split("/")[3] for key in judged.metrics} - {"histogram@1"}
+    (extractor,) = {key.split("/")[3] for key in judged.metrics} - {
+        "histogram@1",
+        "radiomics@1",
+    }
     assert re.fullmatch(r"domain-features@[0-9a-f]{8}", extractor)
     for region in ("all", "lung", "nodule16"):
         distance = _of(judged, f"fid/slice/{region}/")
-        assert distance.value < distance.untrained
+        assert distance.value < distance.columns["untrained"].value
     samples = config.slices.model_copy(update={"name": "greys"})
     data = config.data.model_copy(update={"samples": samples})
     with pytest.raises(InputError, match="features learned on intensity 'hu', the samples have"):

@@ -26,14 +26,16 @@ NO_METRICS = {
     "PairedErrors",
     "Similarity",
 }
-ABOUT_EXTRACTORS = {"features", "fidelity", "given", "networks", "samples", "weights"}
+ABOUT_EXTRACTORS = {"domain", "features", "fidelity", "given", "networks", "samples", "weights"}
+NO_FIGURES = {"memorization", "running"}
+"""Modules of likeness, one image with another, and of what distances are computed from."""
 
 
 def _public() -> dict[str, Any]:
     """Public functions and classes by module and name, each where it is defined."""
     found = {}
     for module in pkgutil.iter_modules(raysynth.metrics.__path__):
-        if module.name in ABOUT_EXTRACTORS:
+        if module.name in ABOUT_EXTRACTORS | NO_FIGURES:
             continue
         loaded = importlib.import_module(f"raysynth.metrics.{module.name}")
         for name, value in vars(loaded).items():

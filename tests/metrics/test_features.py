@@ -99,7 +99,7 @@ def test_torch_fidelity_judges_alike_with_our_extractor() -> None:
 
 
 def test_unknown_extractors_are_refused_with_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"no extractor 'vgg'; there are ct-conv, inception2048"):
+    with pytest.raises(InputError, match=r"no extractor 'vgg'; there are ct-conv, bundle:PATH"):
         load_extractor("vgg")
     with pytest.raises(InputError, match="no extractor 'ct-conv:2'"):
         load_extractor("ct-conv:2")
