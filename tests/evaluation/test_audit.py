@@ -161,6 +161,7 @@ def copying(work_dir: Path, honest: AuditSummary) -> AuditSummary:
     return audit(_config(work_dir, "copying"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_honest_run_passes(honest: AuditSummary, work_dir: Path) -> None:
     assert honest.verdict == "passed", honest.reasons
@@ -173,6 +174,7 @@ def test_an_honest_run_passes(honest: AuditSummary, work_dir: Path) -> None:
     assert stored["verdict"] == "passed"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_copies_are_found_and_fail_the_run(copying: AuditSummary, work_dir: Path) -> None:
     assert copying.verdict == "failed"
@@ -191,6 +193,7 @@ def test_copies_are_found_and_fail_the_run(copying: AuditSummary, work_dir: Path
     assert copying.regions["nodule"]["leaks"]["embedding"]["nearer_share"]["value"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_audit_lies_in_the_store_beside_the_run(
     copying: AuditSummary, honest: AuditSummary, work_dir: Path
@@ -204,6 +207,7 @@ def test_the_audit_lies_in_the_store_beside_the_run(
     assert (table.index["nearest_sample"] >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_same_command_again_reads_what_is_there(
     honest: AuditSummary, copying: AuditSummary, work_dir: Path
@@ -216,6 +220,7 @@ def test_the_same_command_again_reads_what_is_there(
     assert Path(honest.path).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_another_policy_replaces_the_audit(copying: AuditSummary, work_dir: Path) -> None:
     lenient = audit(_config(work_dir, "copying", max_copy_rate=0.5, max_exact=1000))
@@ -224,6 +229,7 @@ def test_another_policy_replaces_the_audit(copying: AuditSummary, work_dir: Path
     assert _table(work_dir, "copying").attrs["policy"]["max_exact"] == 1000
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_page_shows_pairs_and_says_whose_they_are(
     copying: AuditSummary, work_dir: Path
@@ -235,12 +241,14 @@ def test_the_page_shows_pairs_and_says_whose_they_are(
     assert "correlation 1.000" in page
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_too_few_held_out_samples_are_refused_by_number(work_dir: Path) -> None:
     with pytest.raises(InputError, match=r"held-out .* need 1000 of 4 at least"):
         audit(_config(work_dir, "honest", false_alarms=0.001))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_no_run_no_audit(work_dir: Path) -> None:
     with pytest.raises(InputError, match="the store has no 'nothing'"):

@@ -23,7 +23,7 @@ from raysynth.store.reader import SampleSet
 from tests.evaluation.equal_values import assert_equal_values
 from tests.sampling.crashing_run import drawing_config, make_bundle
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def _config(work_dir: Path, name: str = "tiny") -> ExperimentConfig:

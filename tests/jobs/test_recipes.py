@@ -290,7 +290,11 @@ def test_the_demo_sums_itself_up(tmp_path: Path) -> None:
         "train",
         "synthesize",
         "evaluate",
+        "texture_ingest",
+        "texture_shard",
+        "texture_synthesize",
     }
+    assert "synthetic/phantom_real_texture" in summary.texture.read_text()
     assert all(stage["seconds"] >= 0 for stage in told["stages"].values())
     assert {"value", "floor", "untrained", "n"} <= set(next(iter(told["metrics"].values())))
     assert told["settings"]["data"]["source"]["num_patients"] == 4
