@@ -14,8 +14,13 @@ from raysynth.evaluation.sensitivity import EVIDENCE, PHANTOMS
 MIN_FID_SAMPLES = 2000
 """With fewer, KID stands on the card: its value does not depend on N (methods, F.2)."""
 
-CONTROLS = ("shuffled", "copy_paste", "untrained", "constant")
-"""Columns a run must be better than, the hardest first."""
+CONTROLS = {
+    "shuffled": "exchanged requests",
+    "copy_paste": "pasted nodules",
+    "untrained": "an untrained network",
+    "constant": "tissue means",
+}
+"""Columns a run must be better than, the hardest first, and how they are called."""
 
 Found = Mapping[str, Any]
 
@@ -112,7 +117,9 @@ def _distances(found: Found) -> Iterator[Line]:
             measure=f"{key.partition('/')[0]} of {extractor}",
             figure=figure_text(metric),
             floor=figure_text(metric["columns"].get("floor")),
-            control="-" if name is None else f"{name}: {figure_text(metric['columns'][name])}",
+            control="-"
+            if name is None
+            else f"{CONTROLS[name]}: {figure_text(metric['columns'][name])}",
             verdict=verdict(metric),
             standing=found["standing"][key],
         )
@@ -134,13 +141,13 @@ def verdict(metric: Found) -> str:
         )
     else:
         said.append("no floor, too few patients")
-    for name in CONTROLS:
+    for name, text in CONTROLS.items():
         if name in disjoint:
             better = metric["value"] < columns[name]["value"]
             said.append(
-                f"not told from {name}"
+                f"not told from {text}"
                 if not disjoint[name]
-                else f"{'better' if better else 'worse'} than {name}"
+                else f"{'better' if better else 'worse'} than {text}"
             )
     return "; ".join(said)
 
@@ -181,7 +188,7 @@ def _adherence(found: Found) -> Iterator[Line]:
         measure="share in which a nodule is found again",
         figure=_share(own),
         floor=f"annotated real ones: {_share(shares.get('real'))}",
-        control=f"shuffled: {_share(other)}",
+        control=f"exchanged requests: {_share(other)}",
         verdict="follows its requests" if above else "not shown to follow its requests",
         standing=PHANTOMS if _on_phantoms(found) else "measured in the image",
     )
