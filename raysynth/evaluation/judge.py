@@ -22,7 +22,7 @@ from raysynth.evaluation.measure import HISTOGRAMS, Place, measured_by
 from raysynth.metrics.frechet import frechet_distance_of, frechet_limit
 from raysynth.metrics.histogram import histogram_distance
 from raysynth.metrics.kernel import cubic_mmd2, gaussian_mmd2, kernel_distance, median_distance
-from raysynth.metrics.manifold import manifold_overlap
+from raysynth.metrics.manifold import NUM_NEIGHBOURS, manifold_overlap
 from raysynth.metrics.nodule import RADIOMIC_NAMES, RADIOMICS, radiomic_distances
 from raysynth.seeding import seed_of
 
@@ -258,11 +258,18 @@ def _floor(
 def distance_of(name: str, reference: Features) -> Metrics:
     """A distance, or one of the `GROUPS`, as figures of one reference are computed."""
     if name == "overlap":
-        return lambda real, other: astuple(manifold_overlap(real, other))
+        return _overlap
     if name == "radiomics":
         return lambda real, other: list(radiomic_distances(real, other).values())
     one = _distance_of(name, reference)
     return lambda real, other: (one(real, other),)
+
+
+def _overlap(real: Features, other: Features) -> Sequence[float]:
+    """No numbers where halves of few samples have too few neighbours."""
+    if min(len(real), len(other)) <= NUM_NEIGHBOURS:
+        return (np.nan,) * len(OVERLAP)
+    return astuple(manifold_overlap(real, other))
 
 
 def _distance_of(name: str, reference: Features) -> Callable[[Features, Features], float]:

@@ -120,3 +120,10 @@ def test_neighbours_are_compared_with_their_own_slices() -> None:
     near = results["fid/slice/all/ct-conv@1/40"]
     assert near.columns["neighbour"].value < 0.01 * near.columns["floor"].value
     assert "neighbour" not in results["fid/slice/all/ct-conv@1/80"].columns
+
+
+def test_of_too_few_samples_there_is_no_overlap() -> None:
+    real = _real().take(np.arange(0, PATIENTS * PER_PATIENT, 10))  # two of each patient
+    arms = Arms(real, real.take(real.patients >= 8), {"synthetic": _perfect()})
+    results = judge(PLACE, arms, num_draws=10, seed=0)
+    assert {key.partition("/")[0] for key in results} == {"fid", "kid", "mmd2", "mmd2_fixed"}
