@@ -124,11 +124,14 @@ def _factors() -> dict[str, Sequence[str]]:
 
 
 def _place(computed: Mapping[str, Computed]) -> Place | None:
-    """Nodule crops by the last extractor: built-in ones stand first in recipes."""
+    """Nodule crops by the last extractor, if either side has any."""
     places = [
         place
-        for place in computed["real"]
-        if shows_nodules(place[0]) and place in computed["synthetic"]
+        for place, (rows, _) in computed["real"].items()
+        if shows_nodules(place[0])
+        and len(rows)
+        and place in computed["synthetic"]
+        and len(computed["synthetic"][place][0])
     ]
     return places[-1] if places else None
 
