@@ -35,7 +35,7 @@ from raysynth.session import connect
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 
-NUM_REAL, NUM_OTHERS, RATIO = 12, 60, 4.0
+NUM_REAL, NUM_OTHERS, RATIO = 10, 60, 4.0
 
 TASKS: tuple[Task, ...] = ("classification",)
 
@@ -66,8 +66,8 @@ def main(arguments: list[str]) -> int:
     config = DownstreamConfig.model_validate(TRIAL.model_dump() | changes)
     with tempfile.TemporaryDirectory() as folder, connect():
         work_dir = options.work_dir or Path(folder)
-        real = phantoms(work_dir / "real", NUM_REAL, seed=0, test=0.98)
-        others = phantoms(work_dir / "others", NUM_OTHERS, seed=1, test=0.02)
+        real = phantoms(work_dir / "real", NUM_REAL, (3, 5), seed=0, test=0.98)
+        others = phantoms(work_dir / "others", NUM_OTHERS, (7, 9), seed=1, test=0.02)
         perfect = replace(
             others,
             patient=np.full(len(others), NOBODY),
@@ -84,7 +84,9 @@ def main(arguments: list[str]) -> int:
     return int(not all(right))
 
 
-def phantoms(work_dir: Path, count: int, seed: int, test: float) -> Examples:
+def phantoms(
+    work_dir: Path, count: int, nodules: tuple[int, int], seed: int, test: float
+) -> Examples:
     """Slices of phantom patients; those who test and those who train share no nodule."""
     recipe = ExperimentConfig.model_validate(
         {
@@ -96,7 +98,7 @@ def phantoms(work_dir: Path, count: int, seed: int, test: float) -> Examples:
                     "num_patients": count,
                     "seed": seed,
                     "spacing_mm": (5.0, 2.0, 2.0),
-                    "nodules_per_patient": (7, 9),
+                    "nodules_per_patient": nodules,
                     "min_diameter_mm": 6,
                 },
                 "split": {"val": 0.0, "test": test},
