@@ -30,6 +30,16 @@ PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 LossName = Literal["l2", "l1"]
 
 
+def _check_groups(channels: tuple[int, ...], norm_num_groups: int) -> None:
+    """Group normalisation divides the channels of every level."""
+    for width in channels:
+        if width % norm_num_groups:
+            raise ValueError(
+                f"channels {channels}: {width} is not a multiple of "
+                f"norm_num_groups {norm_num_groups}"
+            )
+
+
 class OfImages(Section):
     """A field of models that read or draw images themselves."""
 
@@ -64,12 +74,7 @@ class Autoencoder(OfImages):
 
     @model_validator(mode="after")
     def _check(self) -> Autoencoder:
-        for width in self.channels:
-            if width % self.norm_num_groups:
-                raise ValueError(
-                    f"channels {self.channels}: {width} is not a multiple of "
-                    f"norm_num_groups {self.norm_num_groups}"
-                )
+        _check_groups(self.channels, self.norm_num_groups)
         return self
 
 
@@ -367,12 +372,7 @@ class ExtractorConfig(OfImages):
 
     @model_validator(mode="after")
     def _check(self) -> ExtractorConfig:
-        for width in self.channels:
-            if width % self.norm_num_groups:
-                raise ValueError(
-                    f"channels {self.channels}: {width} is not a multiple of "
-                    f"norm_num_groups {self.norm_num_groups}"
-                )
+        _check_groups(self.channels, self.norm_num_groups)
         return self
 
     @property

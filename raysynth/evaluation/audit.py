@@ -6,12 +6,9 @@ is chance. The scores lie in the store beside the run, the verdict with them.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +21,7 @@ from raysynth.evaluation.audit_pictures import REGIONS, looks_of
 from raysynth.evaluation.audit_region import RegionAudit, Scores, audit_region
 from raysynth.evaluation.audit_report import notices_of, write_audit_page, written
 from raysynth.evaluation.fills import read_holes
+from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.sets import check_drawn_by, patients_of
 from raysynth.layout.morphology import Mask
 from raysynth.models.bundle import read_facts
@@ -112,7 +110,7 @@ def audit(config: ExperimentConfig) -> AuditSummary:
         path=str(path),
         page=str(page),
     )
-    _write(summary, path)
+    write_findings(path, asdict(summary))
     write_audit_page(config, sets, table, hole, page)
     return summary
 
@@ -254,11 +252,3 @@ def _lent(sets: Mapping[str, SampleSet], nearest: NDArray[np.int32]) -> NDArray[
     real, synthetic = sets["real"], sets["synthetic"]
     same: NDArray[np.bool_] = real.index["case"][nearest] == synthetic.index["source_case"]
     return same
-
-
-def _write(summary: AuditSummary, path: Path) -> None:
-    """Replaces the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(asdict(summary), indent=1, allow_nan=False))
-    os.replace(temporary, path)

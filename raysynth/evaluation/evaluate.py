@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -36,6 +33,7 @@ from raysynth.evaluation.consistency import (
 )
 from raysynth.evaluation.distances import judge_places
 from raysynth.evaluation.fills import FillQuality, fill_quality, read_holes
+from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.judge import PASTED, MetricResult
 from raysynth.evaluation.measure import Computed, Measures, Place, told
 from raysynth.evaluation.notices import notices_of
@@ -197,7 +195,8 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         seconds=time.monotonic() - started,
         path=str(path),
     )
-    _write(summary, path)
+    write_findings(path, asdict(summary))
+    logger.info("wrote %s", path)
     return summary
 
 
@@ -246,12 +245,3 @@ def _consistency(
             asked = sets[name].index["attributes"][rows]
             found[name] = of_requests(of_scores, features, asked, seed)
     return {name: agreements for name, agreements in sorted(found.items()) if agreements}
-
-
-def _write(summary: EvaluationSummary, path: Path) -> None:
-    """Replaces the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(asdict(summary), indent=1, allow_nan=False))
-    os.replace(temporary, path)
-    logger.info("wrote %s", path)

@@ -18,6 +18,7 @@ from raysynth.case import Label, Nodule
 from raysynth.condition import Box, Condition
 from raysynth.config import ExperimentConfig, Gan, HoleFilling, OfLatents
 from raysynth.config.model import Window
+from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.limits import detail, limits
 from raysynth.evaluation.scorecard import card_table, figure_text, headline, scorecard
 from raysynth.evaluation.sweep_report import sweep_section
@@ -83,7 +84,7 @@ def report(config: ExperimentConfig) -> Path:
     found = json.loads(path.read_text(encoding="utf-8"))
     card = scorecard(found, path.parent)
     found["scorecard"] = [asdict(line) for line in card]
-    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_findings(path, found)
     root = open_root(config.store_url, found["snapshot"])
     real = SampleSet(open_group(root, f"samples/{config.slices.name}"))
     synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))

@@ -11,7 +11,6 @@ once all the same, as its row does.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from raysynth.case import Intensity
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
+from raysynth.evaluation.findings import replace_file
 from raysynth.evaluation.judge import MIN_SAMPLES
 from raysynth.evaluation.measure import Place
 from raysynth.evaluation.running import Reference, RunningMetrics, RunningValue
@@ -65,7 +65,7 @@ class MetricStream:
         """
         self._config, self._mark = config, mark
         self._folder = stream_folder(config)
-        self._extractors = extractors_of(config)
+        self._extractors = load_extractors(config.evaluation)
         self._samples = open_reference(config)
         self._reference = self._load_reference()
         self._state_mark = fingerprint([mark, self._reference_mark])
@@ -171,11 +171,6 @@ def stream_folder(config: ExperimentConfig) -> Path:
     return config.work_dir / "evaluation" / f"{config.name}_stream"
 
 
-def extractors_of(config: ExperimentConfig) -> tuple[Extractor, ...]:
-    """The recipe's extractors."""
-    return load_extractors(config.evaluation)
-
-
 def open_reference(config: ExperimentConfig) -> SampleSet:
     """The real samples that the run is compared with.
 
@@ -253,14 +248,6 @@ def told_values(values: Values, intensity: Intensity) -> Values:
     if intensity == "hu":
         return values
     return {key.replace("@", "-relative@"): value for key, value in values.items()}
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file in one step: whoever reads it sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{os.getpid()}-{path.name}")
-    scratch.write_bytes(data)
-    scratch.replace(path)
 
 
 def _load(path: Path, mark: str) -> RunningMetrics | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -18,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 
 from raysynth.config import ExperimentConfig
+from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.running import RunningMetrics
+from raysynth.evaluation.sets import load_extractors
 from raysynth.evaluation.stream import (
     INTERVAL_S,
     MetricStream,
     Values,
     count_shard,
-    extractors_of,
     is_reference,
     open_reference,
     open_run,
     reference_of,
-    replace_file,
     stream_folder,
     told_values,
 )
@@ -58,7 +57,7 @@ def synthesize_watched(config: ExperimentConfig) -> SynthesisSummary:
         InputError: as `synthesize`, or as `MetricStream`.
     """
     mark = plan_mark(config)
-    extractors_of(config)
+    load_extractors(config.evaluation)
     open_reference(config)
     with metric_stream(config, mark) as (name, stream):
         watch = Watch(Sender(name), partial(figures_shown, stream))
@@ -73,7 +72,7 @@ def synthesize_watched(config: ExperimentConfig) -> SynthesisSummary:
         "cpu_s": cpu_s,
     }
     path = stream_folder(config).with_suffix(".json")
-    replace_file(path, json.dumps(found, indent=1, allow_nan=False).encode())
+    write_findings(path, found)
     logger.info("wrote %s", path)
     return summary
 
@@ -192,5 +191,5 @@ def _count_part(
     wanted: NDArray[np.bool_] | None,
 ) -> dict[str, bytes]:
     metrics = RunningMetrics()
-    count_shard(metrics, samples, row["id"], extractors_of(config), wanted)
+    count_shard(metrics, samples, row["id"], load_extractors(config.evaluation), wanted)
     return {"state": metrics.save(PART)}

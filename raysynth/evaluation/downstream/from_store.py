@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from raysynth.evaluation.consistency import mean_scores
 from raysynth.evaluation.downstream.examples import NOBODY, Examples
 from raysynth.evaluation.downstream.report import all_verdicts, usefulness_page
 from raysynth.evaluation.downstream.trial import Trial, run_trial
+from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.notices import kind_notices
 from raysynth.evaluation.sets import check_drawn_by
 from raysynth.models.bundle import read_facts
@@ -226,8 +225,5 @@ def _write(summary: DownstreamSummary, trial: Trial, config: ExperimentConfig, p
     """Replaces the file in one step."""
     found = asdict(summary) | asdict(trial) | {"notices": summary.notices}
     found["settings"] = config.downstream.model_dump(mode="json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(found, indent=1, allow_nan=False))
-    os.replace(temporary, path)
+    write_findings(path, found)
     logger.info("wrote %s", path)
