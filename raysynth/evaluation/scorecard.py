@@ -179,7 +179,10 @@ def _adherence(found: Found) -> Iterator[Line]:
     own = shares["synthetic"]
     if not own["n"]:
         return
-    other = shares.get("shuffled") or shares.get("synthetic_stray")
+    name, text = "shuffled", CONTROLS["shuffled"]
+    if name not in shares:
+        name, text = "synthetic_stray", "boxes of other slices"
+    other = shares.get(name)
     heard = other is not None and other["found"] is not None
     above = heard and own["interval"][0] > other["interval"][1]
     yield Line(
@@ -188,7 +191,7 @@ def _adherence(found: Found) -> Iterator[Line]:
         measure="share in which a nodule is found again",
         figure=_share(own),
         floor=f"annotated real ones: {_share(shares.get('real'))}",
-        control=f"exchanged requests: {_share(other)}",
+        control=f"{text}: {_share(other)}",
         verdict="follows its requests" if above else "not shown to follow its requests",
         standing=PHANTOMS if _on_phantoms(found) else "measured in the image",
     )
