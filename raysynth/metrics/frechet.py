@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
+from scipy.linalg.blas import dsyrk
 
 from raysynth.errors import InputError
 from raysynth.metrics.samples import Features, checked_features, checked_pair
@@ -37,7 +38,7 @@ class FeatureMoments:
         self.count = 0
         self.mean: Array = np.zeros(dim)
         self.scatter: Array = np.zeros((dim, dim))
-        """Sum of outer products of deviations from the mean."""
+        """Sum of outer products of deviations from the mean; its upper triangle alone counts."""
 
     def update(self, features: Features) -> None:
         """Adds a batch of features, shape (n, dim).
@@ -53,10 +54,7 @@ class FeatureMoments:
         # What `merge` does with the batch's own moments, as one product: the shift is one more row.
         row = shift * np.sqrt(self.count * len(values) / count)
         deviations = np.concatenate([values - mean, row[None]])
-        # Into a new array: what came from another worker may be read-only.
-        scatter = deviations.T @ deviations
-        scatter += self.scatter
-        self.scatter = scatter
+        self.scatter = _add_products(self.scatter, deviations)
         self.mean = self.mean + shift * (len(values) / count)
         self.count = count
 
@@ -85,7 +83,21 @@ class FeatureMoments:
                 f"the Fréchet distance needs at least {MIN_FRECHET_SAMPLES} samples a side, got "
                 f"{self.count}: give more"
             )
-        return self.mean, self.scatter / (self.count - 1)
+        upper = np.triu(self.scatter) / (self.count - 1)
+        return self.mean, upper + np.triu(upper, 1).T
+
+
+def _add_products(scatter: Array, deviations: Array) -> Array:
+    """The upper triangle of `scatter + deviations.T @ deviations`, in place where that may be.
+
+    Half the work of the whole product, and no second matrix. BLAS counts in columns: the lower
+    triangle that it fills is the upper one of rows.
+    """
+    in_place = scatter.flags.writeable  # not if it came from another worker
+    total: Array = dsyrk(
+        1.0, deviations.T, beta=1.0, c=scatter.T, lower=1, overwrite_c=int(in_place)
+    )
+    return total.T
 
 
 def frechet_distance(real: FeatureMoments, synthetic: FeatureMoments) -> float:
