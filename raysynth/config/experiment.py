@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from raysynth.config.audit import AuditConfig
 from raysynth.config.base import Section
-from raysynth.config.data import DataConfig, SliceSamples
+from raysynth.config.data import DataConfig, PatchSamples, SliceSamples
 from raysynth.config.downstream import DownstreamConfig
 from raysynth.config.evaluation import BUNDLE_PREFIX, EvaluationConfig
 from raysynth.config.model import (
@@ -18,9 +18,11 @@ from raysynth.config.model import (
     ExtractorConfig,
     FromFolder,
     HoleFilling,
+    LayoutGuided,
     ModelConfig,
     OfLatents,
     TextGuided,
+    takes_volumes,
 )
 from raysynth.config.sampling import SamplingConfig
 from raysynth.config.training import TrainingConfig
@@ -93,19 +95,42 @@ class ExperimentConfig(Section):
         return f"{self.name}_scale_{guidance_scale:g}"
 
     @property
+    def samples(self) -> SliceSamples | PatchSamples:
+        """The sample set, which the model can work on.
+
+        Raises:
+            InputError: the recipe cuts something else.
+        """
+        samples = self.data.samples
+        if isinstance(samples, PatchSamples) and not takes_volumes(self.model):
+            raise InputError(
+                f"{self.name}: model.family {self.model.family} works on slices, but "
+                f"data.samples.kind is {samples.kind}: only ingest and shard can run with that"
+            )
+        return samples
+
+    @property
     def slices(self) -> SliceSamples:
         """The sample set of a model of slices.
 
         Raises:
             InputError: the recipe cuts something else.
         """
-        samples = self.data.samples
+        samples = self.samples
         if not isinstance(samples, SliceSamples):
             raise InputError(
-                f"{self.name}: model.family {self.model.family} works on slices, but "
-                f"data.samples.kind is {samples.kind}: only ingest and shard can run with that"
+                f"{self.name}: this is done with slices alone, but data.samples.kind is "
+                f"{samples.kind}: take a recipe of slices"
             )
         return samples
+
+    @property
+    def copies(self) -> bool:
+        """Whether a sample keeps pixels of the patient who lends its layout."""
+        if isinstance(self.model, HoleFilling):
+            return True
+        guided = isinstance(self.model, LayoutGuided) and isinstance(self.model, Diffusion)
+        return guided and self.sampling.background == "copied"
 
     def absolute(self) -> ExperimentConfig:
         """The recipe with paths that mean the same in the folder of every worker."""
@@ -223,7 +248,7 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _can_be_streamed(self) -> ExperimentConfig:
-        if self.evaluation.stream and isinstance(self.model, HoleFilling):
+        if self.evaluation.stream and self.copies:
             raise ValueError(
                 f"evaluation.stream with model.family {self.model.family}: most of a filled slice "
                 "is a patient's own, which would pass for quality; leave it out, and evaluate"
@@ -265,6 +290,12 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"sampling.cohort and counterfactual with model.family {family}: they plan "
                 "nodules, and this model fills holes; leave them out"
+            )
+        hosted = isinstance(self.model, LayoutGuided) and sampling.nodules == "own"
+        if (sampling.cohort or sampling.counterfactual) and hosted:
+            raise ValueError(
+                "sampling.cohort and counterfactual with sampling.nodules own: samples have the "
+                "nodules of their hosts; use nodules new, or leave them out"
             )
         return self
 

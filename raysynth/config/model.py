@@ -79,7 +79,7 @@ class Autoencoder(OfImages):
 
 
 class AutoencoderKLConfig(Autoencoder):
-    """Continuous latents with a small Kullback-Leibler penalty."""
+    """Continuous latents with a small Kullback-Leibler penalty, of slices or of volumes."""
 
     family: Literal["autoencoder_kl"] = "autoencoder_kl"
     latent_channels: int = Field(4, ge=1)
@@ -178,8 +178,18 @@ class UNet(Section):
     channels: tuple[PositiveInt, ...] = Field((128, 256, 384, 512), min_length=1)
     attention_levels: tuple[bool, ...] = (False, True, True, True)
     num_res_blocks: int = Field(2, ge=1)
-    num_head_channels: int = Field(32, ge=1)
+    num_head_channels: PositiveInt | tuple[PositiveInt, ...] = 32
+    """Width of an attention head: at every level, or one for each."""
     norm_num_groups: int = Field(32, ge=1)
+    checkpointing: bool = False
+    """Compute activations once more in the backward pass instead of keeping them: a third more
+    work, and a fraction of the memory."""
+
+    @property
+    def head_channels(self) -> tuple[int, ...]:
+        """Width of an attention head at each level."""
+        given = self.num_head_channels
+        return given if isinstance(given, tuple) else (given,) * len(self.channels)
 
     @model_validator(mode="after")
     def _check(self) -> UNet:
@@ -188,8 +198,15 @@ class UNet(Section):
                 f"attention_levels has {len(self.attention_levels)} entries and channels "
                 f"{len(self.channels)}: give one for each level"
             )
-        for width, attends in zip(self.channels, self.attention_levels, strict=True):
-            if width % self.norm_num_groups or (attends and width % self.num_head_channels):
+        if len(self.head_channels) != len(self.channels):
+            raise ValueError(
+                f"num_head_channels has {len(self.head_channels)} entries and channels "
+                f"{len(self.channels)}: give one number, or one for each level"
+            )
+        for width, attends, head in zip(
+            self.channels, self.attention_levels, self.head_channels, strict=True
+        ):
+            if width % self.norm_num_groups or (attends and width % head):
                 raise ValueError(
                     f"channels {self.channels}: {width} is not a multiple of norm_num_groups "
                     f"{self.norm_num_groups} and, with attention, of num_head_channels "
@@ -305,6 +322,31 @@ class InpaintingConfig(Diffusion, UNet, OfImages, HoleFilling):
     schedule: ScheduleName = "cosine"
 
 
+class LayoutGuided(Section):
+    """A field of models that are told, voxel by voxel, where lung and nodule are (system D).
+
+    They take slices or volumes, as the sample set is.
+    """
+
+    layout_labels: tuple[Literal["lung", "nodule"], ...] = Field(("lung", "nodule"), min_length=1)
+    """One input channel for each; everything else is background to the model."""
+
+
+class LayoutDiffusionConfig(Diffusion, UNet, OfImages, LayoutGuided):
+    """Diffusion of pixels or voxels, the layout beside the input (system D, Lung-DDPM)."""
+
+    family: Literal["layout_diffusion"] = "layout_diffusion"
+    schedule: ScheduleName = "cosine"
+    loss: LossName = "l1"
+    condition_drop: float = Field(0.0, ge=0, lt=1)
+
+
+class LayoutLatentDiffusionConfig(OfLatents, UNet, LayoutGuided):
+    """Diffusion of latents: the layout beside the input, a nodule's scores in cross-attention."""
+
+    family: Literal["layout_latent_diffusion"] = "layout_latent_diffusion"
+
+
 class Gan(OfImages):
     """Fields that generators trained against a discriminator share. They draw in one call."""
 
@@ -339,6 +381,21 @@ class Pix2PixConfig(Gan, HoleFilling):
     family: Literal["pix2pix"] = "pix2pix"
     channels: tuple[PositiveInt, ...] = Field((64, 128, 256, 512, 512, 512, 512), min_length=2)
     dropout: float = Field(0.5, ge=0, lt=1)
+    discriminator_layers: int = Field(3, ge=2)
+    l1_weight: float = Field(100.0, ge=0)
+
+    @property
+    def downsampling(self) -> int:
+        """Factor by which the smallest level is smaller than the image, per axis."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+class LayoutGanConfig(Gan, LayoutGuided):
+    """A U-Net from the layout to the image in one call (pix2pix in 3D, system D's baseline)."""
+
+    family: Literal["layout_gan"] = "layout_gan"
+    channels: tuple[PositiveInt, ...] = Field((32, 64, 128, 256, 256), min_length=2)
+    dropout: float = Field(0.0, ge=0, lt=1)
     discriminator_layers: int = Field(3, ge=2)
     l1_weight: float = Field(100.0, ge=0)
 
@@ -387,6 +444,8 @@ DiffusionConfig = (
     | StableDiffusionConfig
     | SemanticDiffusionConfig
     | InpaintingConfig
+    | LayoutDiffusionConfig
+    | LayoutLatentDiffusionConfig
 )
 
 
@@ -394,10 +453,15 @@ def hears_scores(model: Section) -> bool:
     """Whether a model is told the five scores of a nodule, as numbers or in words."""
     if isinstance(model, LatentDiffusionConfig):
         return model.conditioning >= 3
-    return isinstance(model, TextGuided)
+    return isinstance(model, TextGuided | LayoutLatentDiffusionConfig)
 
 
-GanConfig = SpadeGanConfig | Pix2PixConfig
+def takes_volumes(model: Section) -> bool:
+    """Whether a model works on volumes as well as on slices."""
+    return isinstance(model, LayoutGuided | AutoencoderKLConfig)
+
+
+GanConfig = SpadeGanConfig | Pix2PixConfig | LayoutGanConfig
 
 ModelConfig = Annotated[
     AutoencoderConfig | DiffusionConfig | GanConfig | ExtractorConfig,

@@ -26,6 +26,9 @@ DRAWING = (
     "prompts",
     "hole",
     "hole_margin_px",
+    "nodules",
+    "background",
+    "feather_px",
     "sampler",
     "num_inference_steps",
     "guidance_scale",
@@ -78,6 +81,13 @@ class SamplingConfig(Section):
     another patient's tumour, put into the same organ of this one."""
     hole_margin_px: int = Field(8, ge=0)
     """Around the organ's box."""
+    nodules: Literal["own", "new"] = "own"
+    """Of models guided by layouts: whose nodules are asked for, the host's own or new ones."""
+    background: Literal["copied", "drawn"] = "copied"
+    """Of the same: voxels outside the layout's labels are the host's own (anatomically aware
+    sampling), or drawn with the rest (Med-DDPM)."""
+    feather_px: int = Field(2, ge=0)
+    """Over how many voxels inside a hole what is drawn comes in, beginning at its border."""
     sampler: SamplerName = "ddim"
     num_inference_steps: int = Field(50, ge=1)
     guidance_scale: float = Field(1.0, ge=0)

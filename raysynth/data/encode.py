@@ -95,7 +95,7 @@ def encode(config: ExperimentConfig) -> EncodeSummary:
             "something to encode"
         )
     encoder = _Encoder(config.autoencoder_path, config.training.use_gpu)
-    name, snapshot = config.slices.name, main_snapshot(config.store_url)
+    name, snapshot = config.samples.name, main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
     samples = SampleSet(open_group(root, f"samples/{name}"))
     _check(config, encoder.bundle, samples)
@@ -114,7 +114,7 @@ def encode(config: ExperimentConfig) -> EncodeSummary:
 
 def latents_path(config: ExperimentConfig, digest: str) -> str:
     """Group of the latents of the recipe's sample set by the autoencoder of that digest."""
-    return f"latents/{config.slices.name}/{digest[:12]}"
+    return f"latents/{config.samples.name}/{digest[:12]}"
 
 
 def _check(config: ExperimentConfig, autoencoder: Bundle, samples: SampleSet) -> None:
@@ -134,7 +134,7 @@ def _check(config: ExperimentConfig, autoencoder: Bundle, samples: SampleSet) ->
         if trained != given:
             raise InputError(
                 f"autoencoder {config.autoencoder_path} wants {what} {trained}, samples "
-                f"{config.slices.name!r} have {given}: train one on these samples"
+                f"{config.samples.name!r} have {given}: train one on these samples"
             )
 
 

@@ -121,7 +121,7 @@ def compare(configs: Sequence[ExperimentConfig]) -> Comparison:
     check_comparable(configs)
     first = configs[0]
     root = open_root(first.store_url)
-    real = SampleSet(open_group(root, f"samples/{first.slices.name}"))
+    real = SampleSet(open_group(root, f"samples/{first.samples.name}"))
     contenders = [_contender(config, real) for config in configs]
     verdicts = [verdict(one, other) for one, other in combinations(contenders, 2)]
     folder = first.work_dir / "evaluation"

@@ -86,7 +86,7 @@ def report(config: ExperimentConfig) -> Path:
     found["scorecard"] = [asdict(line) for line in card]
     write_findings(path, found)
     root = open_root(config.store_url, found["snapshot"])
-    real = SampleSet(open_group(root, f"samples/{config.slices.name}"))
+    real = SampleSet(open_group(root, f"samples/{config.samples.name}"))
     synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))
     seconds, losses = _seconds(config), _losses(config)
     frames = _denoising_tiles(config, real, synthetic)

@@ -35,7 +35,7 @@ NUM_STRAY_BOXES = 500
 
 def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet]:
     """`real`, `synthetic` and the controls that the store has."""
-    name = config.slices.name
+    name = config.samples.name
     sets = {
         "real": SampleSet(open_group(root, f"samples/{name}")),
         "synthetic": SampleSet(open_group(root, f"synthetic/{config.name}")),

@@ -177,11 +177,11 @@ def open_reference(config: ExperimentConfig) -> SampleSet:
     Raises:
         InputError: no sample set, or too few of its slices in the test split.
     """
-    samples = SampleSet(open_group(open_root(config.store_url), f"samples/{config.slices.name}"))
+    samples = SampleSet(open_group(open_root(config.store_url), f"samples/{config.samples.name}"))
     count = np.count_nonzero(is_reference(samples))
     if count < MIN_SAMPLES:
         raise InputError(
-            f"samples/{config.slices.name} has {count} slices of test patients, and "
+            f"samples/{config.samples.name} has {count} slices of test patients, and "
             f"evaluation.stream compares with at least {MIN_SAMPLES}: ingest more patients, raise "
             "data.split.test, or leave it out"
         )

@@ -320,7 +320,7 @@ class _Drawer:
 
 
 def _sample_set(config: ExperimentConfig) -> SampleSet:
-    name = config.slices.name
+    name = config.samples.name
     root = open_root(config.store_url)
     return SampleSet(open_group(root, f"samples/{name}"))
 
@@ -341,7 +341,7 @@ def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
         if of_bundle != of_set:
             raise InputError(
                 f"bundle {config.bundle_path} draws {what} {of_bundle}, but sample set "
-                f"{config.slices.name} has {of_set}: use the set that it was trained on"
+                f"{config.samples.name} has {of_set}: use the set that it was trained on"
             )
     return bundle_digest(config.bundle_path)
 
@@ -351,7 +351,7 @@ def _fingerprint(config: ExperimentConfig, samples: SampleSet, digest: str) -> s
     return fingerprint(
         {
             "bundle": digest,
-            "samples": [samples.attrs["fingerprint"], config.slices.model_dump()],
+            "samples": [samples.attrs["fingerprint"], config.samples.model_dump()],
             "run": config.name,
             "seed": config.seed,
             "sampling": config.sampling.model_dump(include=set(DRAWING)),
@@ -391,7 +391,7 @@ def _attributes(config: ExperimentConfig, samples: SampleSet, digest: str) -> di
         "cases": samples.attrs["cases"],
         "parent_snapshot": main_snapshot(config.store_url),
         "bundle": digest,
-        "source_set": config.slices.name,
+        "source_set": config.samples.name,
         "passport": passport,
     }
 

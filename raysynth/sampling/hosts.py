@@ -57,7 +57,7 @@ def plan_inpainting(config: ExperimentConfig, samples: SampleSet) -> list[Planne
         hosts, rows_of = dict(_showing(samples, "test", labels_of(ORGANS))), []
     if not (donors and hosts if sampling.hole == "new_tissue" else rows_of):
         raise InputError(
-            f"sample set {config.slices.name} has {len(hosts)} test slices that could take a hole "
+            f"sample set {config.samples.name} has {len(hosts)} test slices that could take a hole "
             f"and {len(donors)} training slices to lend tissue ({', '.join(model.organs)}): ingest "
             "cases with these organs, or change model.organs"
         )

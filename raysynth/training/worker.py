@@ -140,10 +140,10 @@ def plan_run(config: ExperimentConfig) -> RunPlan:
     """
     if isinstance(config.model, FromFolder):
         check_folder(config.model)
-    samples = f"samples/{config.slices.name}"
+    samples = f"samples/{config.samples.name}"
     root = open_root(config.store_url)
     attributes = _attributes(root, samples, f"the store has no {samples}: run shard first")
-    for setting, wanted in config.slices.settings().items():
+    for setting, wanted in config.samples.settings().items():
         if attributes["settings"][setting] != wanted:
             raise InputError(
                 f"{samples} was cut with {setting} {attributes['settings'][setting]}, the recipe "
@@ -275,12 +275,12 @@ def build_objective(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", config.seed))
         if isinstance(model, Gan):
-            adversaries = build_adversaries(model, config.slices.size)
+            adversaries = build_adversaries(model, config.samples.size)
             return AdversarialObjective(adversaries, config=model, seed=config.seed)
         if isinstance(model, ExtractorConfig):
             return SelfTaughtObjective(SelfTaughtEncoder(model), model.window_hu, config.seed)
         if not isinstance(model, Diffusion):
-            cells = config.slices.size // model.downsampling
+            cells = config.samples.size // model.downsampling
             shape = (model.latent_channels, cells, cells)
             autoencoder: Autoencoder
             if isinstance(model, PretrainedAutoencoderConfig):
@@ -307,7 +307,7 @@ def build_objective(
             assert decoder is not None
             space = LatentSpace(decoder, latents.attrs["latent_scale"])
         else:
-            denoiser = build_denoiser(model, 1, config.slices.size)
+            denoiser = build_denoiser(model, 1, config.samples.size)
             space = PixelSpace(model.window_hu)
         return DiffusionObjective(denoiser, space, config=model, seed=config.seed)
 
@@ -358,7 +358,7 @@ def _save_bundle(
         model=config.model,
         autoencoder=autoencoder,
         latent_scale=latent_scale,
-        samples=config.slices,
+        samples=config.samples,
         intensity=samples.attrs["intensity"],
         sources=tuple(sorted(sources)),
         snapshot=plan.files.snapshot,

@@ -76,7 +76,7 @@ def downstream(config: ExperimentConfig) -> DownstreamSummary:
     started = time.monotonic()
     snapshot = main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
-    samples = SampleSet(open_group(root, f"samples/{config.slices.name}"))
+    samples = SampleSet(open_group(root, f"samples/{config.samples.name}"))
     run = SampleSet(open_group(root, f"synthetic/{config.name}"))
     check_drawn_by(config, run, config.name)
     _check_alike(config, samples, run)
@@ -216,7 +216,7 @@ def _check_alike(config: ExperimentConfig, samples: SampleSet, run: SampleSet) -
     ):
         if of_run != of_set:
             raise InputError(
-                f"synthetic/{config.name} has {what} {of_run}, samples/{config.slices.name} "
+                f"synthetic/{config.name} has {what} {of_run}, samples/{config.samples.name} "
                 f"{of_set}: use the set that the model was trained on"
             )
 
