@@ -202,11 +202,11 @@ def reconstruction_terms(reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]
     }
 
 
-def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """A fresh autoencoder of the configured family, for axial slices."""
+def build_autoencoder(config: AutoencoderConfig, spatial_dims: int = 2) -> Autoencoder:
+    """A fresh autoencoder of the configured family, for slices; the first one for volumes, too."""
     match config:
         case AutoencoderKLConfig():
-            return KLAutoencoder(config)
+            return KLAutoencoder(config, spatial_dims)
         case VQVAEConfig():
             return VQAutoencoder(_vq_model(config), config.commitment_weight)
         case PretrainedAutoencoderConfig():
