@@ -12,7 +12,8 @@ from raysynth.errors import InputError
 
 NUM_SCORES = 5
 
-Box = tuple[int, int, int, int]
+Box = tuple[int, ...]
+"""Half-open pixels, first corners first: (y0, x0, y1, x1), in volumes (z0, y0, x0, z1, y1, x1)."""
 
 
 @dataclass(frozen=True)
