@@ -38,12 +38,16 @@ class Extractor(Protocol):
         ...
 
 
-def load_extractor(name: str, weights: Mapping[str, Path] | None = None) -> Extractor:
+def load_extractor(
+    name: str, weights: Mapping[str, Path] | None = None, spatial_dims: int = 2
+) -> Extractor:
     """An extractor by its name in a recipe, one of `EXTRACTOR_NAMES`.
 
     Args:
         name: of the extractor.
         weights: `evaluation.extractor_weights`, the files of weights by extractor.
+        spatial_dims: 2 or 3, of the samples: `ct-conv` is there for both. Others take what they
+            take, see `Extractor.spatial_dims`.
 
     Raises:
         InputError: unknown name, weights or a bundle that are absent or another network's, or a
@@ -52,7 +56,7 @@ def load_extractor(name: str, weights: Mapping[str, Path] | None = None) -> Extr
     file = (weights or {}).get(name)
     match name.partition(":"):
         case "ct-conv", "", _:
-            return CtConv()
+            return CtConv() if spatial_dims == 2 else CtConv3d()
         case "bundle", ":", path:
             from raysynth.metrics.domain import Domain
 
@@ -87,13 +91,14 @@ class CtConv:
     square of their features to about 1, where KID's cubic kernel is well conditioned.
 
     The weights come from the raw stream of a bit generator, which numpy guarantees not to change.
-    Slices go through the network at one fixed batch shape: a feature does not depend, to the last
-    bit, on which slices it is computed with.
+    Samples go through the network at one fixed batch shape: a feature does not depend, to the last
+    bit, on which others it is computed with.
     """
 
     name = "ct-conv@1"
     dim = 80
     spatial_dims = 2
+    seed = 20_261_120
 
     num_scales = 4
     num_filters = 8
@@ -106,10 +111,10 @@ class CtConv:
     def __init__(self) -> None:
         import torch
 
-        bits = np.random.PCG64(20_261_120)
-        f = self.num_filters
+        bits = np.random.PCG64(self.seed)
+        f, axes = self.num_filters, self.spatial_dims
         self._layers = [
-            (_filters(bits, (f, 1, 5, 5)), _filters(bits, (f, f, 3, 3)))
+            (_filters(bits, (f, 1, *[5] * axes)), _filters(bits, (f, f, *[3] * axes)))
             for _ in range(self.num_scales)
         ]
         low, high = LUNG_WINDOW_HU
@@ -117,7 +122,7 @@ class CtConv:
         self._edges = torch.tensor(edges, dtype=torch.float32)
 
     def __call__(self, hu: NDArray[np.int16]) -> NDArray[np.float32]:
-        """Features (n, 80) of slices (n, y, x)."""
+        """Features (n, dim) of samples in HU."""
         import torch
 
         check_samples(hu, self)
@@ -132,26 +137,45 @@ class CtConv:
         return features
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of windowed images in [-1, 1], shape (B, 1, H, W)."""
+        """Features of windowed images in [-1, 1], shape (B, 1, H, W) or (B, 1, D, H, W)."""
         import torch
         from torch.nn import functional
 
+        volumes = self.spatial_dims == 3
+        halved = functional.avg_pool3d if volumes else functional.avg_pool2d
+        in_grid = functional.adaptive_avg_pool3d if volumes else functional.adaptive_avg_pool2d
+        places = tuple(range(2, images.ndim))
         responses, scaled = [], images
         for first, second in self._layers:
-            x = functional.relu(_convolve(scaled, first))  # (B, 8, h, w)
-            responses.append(x.mean((2, 3)))
-            x = functional.relu(_convolve(functional.avg_pool2d(x, 2), second))
-            responses.append(x.mean((2, 3)))
-            scaled = functional.avg_pool2d(scaled, 2)
-        grid = functional.adaptive_avg_pool2d(images, 3).flatten(1)
+            x = functional.relu(_convolve(scaled, first), inplace=True)  # (B, 8, (d,) h, w)
+            responses.append(x.mean(places))
+            x = functional.relu(_convolve(halved(x, 2), second), inplace=True)
+            responses.append(x.mean(places))
+            scaled = halved(scaled, 2)
+        grid = in_grid(images, 3).flatten(1)
         pixels = images.flatten(1)
-        band = torch.bucketize(pixels, self._edges)
+        band = torch.bucketize(pixels, self._edges, out_int32=True)
         shares = [(band == k).float().mean(1) for k in range(len(self._edges) + 1)]
         bands = torch.stack([*shares, pixels.std(1)], 1)
         response_gain, grid_gain, band_gain = self.gains
         return torch.cat(
             [torch.cat(responses, 1) * response_gain, grid * grid_gain, bands * band_gain], 1
         )
+
+
+class CtConv3d(CtConv):
+    """`ct-conv3d@1`: what `ct-conv@1` is of slices, of volumes (n, z, y, x).
+
+    98 features: filters and pooling have an axis more, and so has the grid (27). Volumes go through
+    one by one: 128 voxels a side take about half a gigabyte.
+    """
+
+    name = "ct-conv3d@1"
+    dim = 98
+    spatial_dims = 3
+
+    batch_size = 1
+    gains = (8.0, 1.0, 2.0)
 
 
 def windowed(hu: NDArray[np.int16]) -> NDArray[np.float32]:
@@ -176,14 +200,15 @@ def check_samples(hu: NDArray[np.int16], extractor: Extractor) -> None:
     require_finite(hu, extractor.name, "pixels")
 
 
-def _filters(bits: np.random.PCG64, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Random filters (out, in, h, w) of zero mean and unit norm."""
+def _filters(bits: np.random.PCG64, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random filters (out, in, (d,) h, w) of zero mean and unit norm."""
     import torch
 
     raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(11)
     weights = raw.astype(np.float64).reshape(shape) / 2**53 - 0.5
-    weights -= weights.mean(axis=(1, 2, 3), keepdims=True)
-    weights /= np.sqrt((weights**2).sum(axis=(1, 2, 3), keepdims=True))
+    of_filter = tuple(range(1, len(shape)))
+    weights -= weights.mean(axis=of_filter, keepdims=True)
+    weights /= np.sqrt((weights**2).sum(axis=of_filter, keepdims=True))
     return torch.from_numpy(weights.astype(np.float32))
 
 
@@ -191,5 +216,6 @@ def _convolve(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
     """A convolution that keeps the size; the border is repeated."""
     from torch.nn import functional
 
-    pad = filters.shape[-1] // 2
-    return functional.conv2d(functional.pad(x, (pad,) * 4, mode="replicate"), filters)
+    axes, pad = filters.ndim - 2, filters.shape[-1] // 2
+    convolve = functional.conv2d if axes == 2 else functional.conv3d
+    return convolve(functional.pad(x, (pad,) * (2 * axes), mode="replicate"), filters)

@@ -1,4 +1,4 @@
-"""Measures whether a slice shows a nodule where one was asked for."""
+"""Measures whether a slice or a volume shows a nodule where one was asked for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SURROUNDINGS = 1.0
 
 MIN_FRAME_PX = 4
 MIN_LUNG_PX = 6
-"""With fewer lung pixels around the box, the whole slice's lung is the background."""
+"""With fewer lung pixels around the box, the whole sample's lung is the background."""
 
 DEFAULT_LUNG_HU = -850.0
 
@@ -39,8 +39,9 @@ MAX_LUNG_HU = -500.0
 COMPACT_MM = (4.0, 40.0)
 """Diameters of what counts as nodule-like where none was asked for."""
 
-MIN_FILLED = 0.5
-"""Share of the square around it that a compact thing fills at least; a disc fills 0.79."""
+MIN_FILLED = {2: 0.5, 3: 1 / 3}
+"""Share of the square (cube) around it that a compact thing fills at least, by axes. A disc fills
+0.79 and a ball 0.52: both limits are 0.64 of that."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Measurement:
     Attributes:
         found: something of plausible density, size and place stands out from lung around it.
         contrast_hu: middle of the box minus the lung around it.
-        diameter_mm: of the disc with the area of what stands out; NaN if nothing does.
+        diameter_mm: of the disc (ball) with the area (volume) of what stands out; NaN if nothing
+            does.
         offset_mm: distance of its centre of mass from the box's centre; NaN if nothing does.
-        mask: what stands out (y, x); None if nothing does.
+        mask: what stands out, of the sample's shape; None if nothing does.
     """
 
     found: bool
@@ -65,16 +67,16 @@ class Measurement:
 def find_nodule(
     hu: NDArray[np.int16], lung: NDArray[np.bool_] | None, box: Box, pixel_mm: float
 ) -> Measurement:
-    """Looks for a nodule in a box of a slice.
+    """Looks for a nodule in a box of a slice or a volume.
 
     What counts is what lies above half of the contrast, hangs together with the middle of the box
-    and is neither much smaller nor much larger than it. Its area weighs each pixel by its share of
-    the contrast, so that nodules of two pixels have a size, too.
+    and is neither much smaller nor much larger than it. Its area (volume) weighs each pixel by its
+    share of the contrast, so that nodules of two pixels have a size, too.
 
     Args:
-        hu: the slice (y, x).
-        lung: lungs and nodule of the layout that was asked for (y, x); None: unknown.
-        box: the square around the nodule asked for, half-open pixels.
+        hu: the sample, (y, x) or (z, y, x).
+        lung: lungs and nodule of the layout that was asked for, of the same shape; None: unknown.
+        box: of equal sides around the nodule asked for, half-open pixels, first corner first.
         pixel_mm: side of a pixel.
     """
     frame, inner = _frame(box, hu.shape)
@@ -92,11 +94,11 @@ def find_nodule(
     if not blob.any():
         return Measurement(False, contrast, np.nan, np.nan)
     weights = share * (ndimage.binary_dilation(blob) & allowed)
-    diameter_px = 2 * np.sqrt(weights.sum() / np.pi)
+    diameter_px = _diameter(weights.sum(), hu.ndim)
     centre = np.array(ndimage.center_of_mass(weights)) + 0.5
     wanted = np.array([(part.start + part.stop) / 2 for part in inner])
     offset_px = float(np.linalg.norm(centre - wanted))
-    side = box[2] - box[0]
+    side = box[hu.ndim] - box[0]
     found = (
         contrast >= MIN_CONTRAST_HU
         and background <= MAX_LUNG_HU
@@ -113,10 +115,10 @@ def count_unrequested(
 ) -> int:
     """How many compact dense things lie inside the lungs, the requested nodule left out.
 
-    Most are vessels seen end on: patients' slices show how many are normal.
+    Most are vessels seen end on: patients' images show how many are normal.
 
     Args:
-        hu: the slice (y, x).
+        hu: the sample, (y, x) or (z, y, x).
         layout: labels, annotated or asked for.
         box: of the nodule asked for; None: there is none.
         pixel_mm: side of a pixel.
@@ -126,45 +128,45 @@ def count_unrequested(
         return 0
     own = layout == Label.NODULE
     if box is not None:
-        own[box[0] : box[2], box[1] : box[3]] = True
+        own[within(box)] = True
     threshold = np.median(hu[lung]) + 2 * MIN_CONTRAST_HU
     dense = lung & (hu > threshold)
     parts, count = ndimage.label(dense)
-    areas = np.bincount(parts.ravel(), minlength=count + 1)
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
     # What touches the border of the lung is its wall.
     border = lung & ndimage.binary_dilation(~lung)
     excluded = np.union1d(parts[border], parts[own])
     compact = 0
     for part, place in enumerate(ndimage.find_objects(parts), start=1):
         side = max(axis.stop - axis.start for axis in place)
-        diameter_mm = 2 * np.sqrt(areas[part] / np.pi) * pixel_mm
-        is_compact = areas[part] >= MIN_FILLED * side**2
+        diameter_mm = _diameter(sizes[part], hu.ndim) * pixel_mm
+        is_compact = sizes[part] >= MIN_FILLED[hu.ndim] * side**hu.ndim
         if COMPACT_MM[0] <= diameter_mm <= COMPACT_MM[1] and is_compact and part not in excluded:
             compact += 1
     return compact
 
 
 def requested_diameter_mm(layout: NDArray[np.uint8], box: Box, pixel_mm: float) -> float:
-    """Diameter of the disc with the area of the layout's nodule pixels in a box.
+    """Diameter of the disc (ball) with the area (volume) of the layout's nodule pixels in a box.
 
-    A layout that shows no nodule there asks for the disc inside the box.
+    A layout that shows no nodule there asks for the disc (ball) inside the box.
     """
-    y0, x0, y1, x1 = box
-    area = np.count_nonzero(layout[y0:y1, x0:x1] == Label.NODULE)
-    return (2 * float(np.sqrt(area / np.pi)) if area else float(y1 - y0)) * pixel_mm
+    size = np.count_nonzero(layout[within(box)] == Label.NODULE)
+    diameter_px = _diameter(size, layout.ndim) if size else box[layout.ndim] - box[0]
+    return float(diameter_px) * pixel_mm
 
 
 def stray_box(
     lung: NDArray[np.bool_], own: Box | None, others: Sequence[Box], rng: np.random.Generator
 ) -> Box | None:
-    """A box of another slice that lies in this slice's lung and clear of its own box.
+    """A box of another sample that lies in this one's lung and clear of its own box.
 
     Boxes without a nodule are the chance level of `find_nodule`: what it finds there are vessels.
 
     Args:
-        lung: lungs of this slice without its nodules (y, x).
-        own: this slice's box, if any.
-        others: boxes of other slices.
+        lung: lungs of this sample without its nodules, (y, x) or (z, y, x).
+        own: this sample's box, if any.
+        others: boxes of other samples.
         rng: decides which one.
 
     Returns:
@@ -172,23 +174,45 @@ def stray_box(
     """
     for number in rng.permutation(len(others)):
         box = others[int(number)]
-        y0, x0, y1, x1 = box
-        clear = own is None or y1 <= own[0] or own[2] <= y0 or x1 <= own[1] or own[3] <= x0
-        if clear and lung[y0:y1, x0:x1].all():
+        if (own is None or _are_apart(box, own)) and lung[within(box)].all():
             return box
     return None
 
 
-def _frame(box: Box, shape: tuple[int, ...]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """The box with its surroundings in the slice, and the box within that frame."""
-    y0, x0, y1, x1 = box
-    width = max(MIN_FRAME_PX, round(SURROUNDINGS * (y1 - y0)))
-    top, left = max(0, y0 - width), max(0, x0 - width)
-    frame = slice(top, min(shape[0], y1 + width)), slice(left, min(shape[1], x1 + width))
-    return frame, (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+def within(box: Box) -> tuple[slice, ...]:
+    """The pixels of a box, as an index of its slice or volume."""
+    axes = len(box) // 2
+    return tuple(slice(start, stop) for start, stop in zip(box[:axes], box[axes:], strict=True))
 
 
-def _middle(inner: tuple[slice, slice], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def _are_apart(one: Box, other: Box) -> bool:
+    return any(
+        a.stop <= b.start or b.stop <= a.start
+        for a, b in zip(within(one), within(other), strict=True)
+    )
+
+
+def _diameter(size: float, axes: int) -> float:
+    """Of the disc with an area, or the ball with a volume."""
+    return float(2 * np.sqrt(size / np.pi) if axes == 2 else 2 * np.cbrt(size * 3 / (4 * np.pi)))
+
+
+def _frame(box: Box, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The box with its surroundings in the sample, and the box within that frame."""
+    parts = within(box)
+    width = max(MIN_FRAME_PX, round(SURROUNDINGS * (parts[0].stop - parts[0].start)))
+    frame = tuple(
+        slice(max(0, part.start - width), min(size, part.stop + width))
+        for part, size in zip(parts, shape, strict=True)
+    )
+    inner = tuple(
+        slice(part.start - around.start, part.stop - around.start)
+        for part, around in zip(parts, frame, strict=True)
+    )
+    return frame, inner
+
+
+def _middle(inner: tuple[slice, ...], shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """The middle half of the box, at least one pixel."""
     middle = np.zeros(shape, bool)
     middle[tuple(_inner_half(part) for part in inner)] = True
@@ -205,7 +229,7 @@ def _background(
     lung: NDArray[np.bool_] | None,
     values: NDArray[np.float64],
     allowed: NDArray[np.bool_],
-    inner: tuple[slice, slice],
+    inner: tuple[slice, ...],
 ) -> float:
     """Median HU of the lung around the box."""
     around = allowed.copy() if lung is not None else values < -500
