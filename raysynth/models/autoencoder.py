@@ -16,6 +16,7 @@ from raysynth.config.model import (
     VQVAEConfig,
 )
 from raysynth.models.monai import AutoencoderKL
+from raysynth.models.slabs import decode_in_slabs
 
 KL_WEIGHT, COMMITMENT_WEIGHT = 1e-6, 0.25
 """Of published autoencoders that are trained on: the defaults of our own."""
@@ -80,7 +81,9 @@ class KLAutoencoder(Autoencoder):
         return mean, sigma
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents."""
+        """Images of latents; volumes slab by slab where no gradient is asked for."""
+        if latents.ndim == 5 and not torch.is_grad_enabled():
+            return decode_in_slabs(self.network, latents)
         return self.network.decode(latents)
 
     def reconstruct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

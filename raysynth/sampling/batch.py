@@ -24,7 +24,7 @@ from raysynth.data.units import Meanwhile, write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import bundle_digest, read_facts
 from raysynth.sampling.adherence import Measurement
-from raysynth.sampling.draw import BundleSampler, paste_known
+from raysynth.sampling.draw import BundleSampler, check_size, paste_known
 from raysynth.sampling.hosts import plan_inpainting, tissue_means
 from raysynth.sampling.layouts import Lender, plan_layouts
 from raysynth.sampling.planner import (
@@ -236,7 +236,15 @@ def _write(
         write_units(
             writing,
             units,
-            _Drawer(config.bundle_path, config.sampling, config.seed, means, _lender(config), show),
+            _Drawer(
+                config.bundle_path,
+                config.sampling,
+                config.seed,
+                samples.shape[-1],
+                means,
+                _lender(config),
+                show,
+            ),
             stage="synthesize",
             noun="shards",
             num_actors=config.sampling.num_actors,
@@ -271,6 +279,7 @@ class _Drawer:
     """Draws, measures and writes a shard. Each actor has a copy, and loads the bundle once.
 
     Attributes:
+        size: pixels along a sample's side.
         tissue_means: HU of every label, for the control of models that fill holes.
         lender: completes requests from the store; None: they are whole.
         show: looks at what was written of the recipe's own run.
@@ -279,13 +288,14 @@ class _Drawer:
     bundle_path: Path
     sampling: SamplingConfig
     seed: int
+    size: int
     tissue_means: NDArray[np.int16] | None
     lender: Lender | None
     show: Show | None
 
     @cached_property
     def sampler(self) -> BundleSampler:
-        return BundleSampler(self.bundle_path, self.sampling, self.seed)
+        return BundleSampler(self.bundle_path, self.sampling, self.seed, self.size)
 
     def __call__(self, root: zarr.Group, unit: Unit) -> None:
         drawn, asked = self._completed(root, unit.plan)
@@ -341,7 +351,7 @@ class _Drawer:
             untrained, scale = unit.role == "untrained", unit.guidance_scale
             return self.sampler.draw(drawn, untrained=untrained, guidance_scale=scale)
         assert self.tissue_means is not None
-        shape = self.sampler.facts.samples.shape
+        shape = (self.size,) * self.sampler.facts.spatial_dims
         return np.stack([self.tissue_means[_layout(one.condition, shape)] for one in drawn])
 
 
@@ -359,8 +369,9 @@ def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
             f"bundle {config.bundle_path} is a {facts.model.family}, which draws nothing by itself:"
             " use the recipe of a diffusion model or a GAN"
         )
+    check_size(facts, samples.shape[-1])
     for what, of_bundle, of_set in (
-        ("samples of size", facts.samples.size, samples.shape[-1]),
+        ("samples of kind", facts.samples.kind, config.samples.kind),
         ("pixels of mm", round(facts.samples.pixel_mm, 6), round(samples.pixel_mm, 6)),
         ("intensity", facts.intensity, samples.attrs["intensity"]),
     ):

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from raysynth.condition import Condition, check_condition
-from raysynth.config import LayoutGuided, SamplingConfig
+from raysynth.config import Diffusion, LayoutGuided, SamplingConfig
 from raysynth.diffusion.schedule import NoiseSchedule
 from raysynth.errors import InputError
 from raysynth.layout.holes import layout_hole
 from raysynth.models.bundle import Bundle, load_bundle, read_facts
 from raysynth.models.conditioner import collate
 from raysynth.models.denoiser import Denoiser, build_denoiser
+from raysynth.models.facts import BundleFacts
 from raysynth.models.gan import Generator, build_generator
 from raysynth.sampling.adherence import (
     NODULE_LUNG_LABELS,
@@ -28,6 +29,7 @@ from raysynth.sampling.adherence import (
 )
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 from raysynth.sampling.planner import PlannedSample
+from raysynth.sampling.tiles import TiledDenoiser
 from raysynth.seeding import seed_of
 from raysynth.window import denormalize, measurable
 
@@ -39,16 +41,21 @@ class BundleSampler:
     alone.
     """
 
-    def __init__(self, bundle_path: Path, sampling: SamplingConfig, seed: int) -> None:
+    def __init__(
+        self, bundle_path: Path, sampling: SamplingConfig, seed: int, size: int | None = None
+    ) -> None:
         """Reads what the bundle says; its networks are loaded when something is drawn.
 
         Args:
             bundle_path: the bundle of a diffusion model or a GAN.
             sampling: sampler, steps, guidance and slots.
             seed: of the recipe; an untrained network's weights follow from it.
+            size: pixels along a sample's side; None: as those that the model was trained on.
+                Larger ones are drawn in tiles, see `check_size`.
 
         Raises:
-            InputError: no bundle there, or one of an autoencoder or extractor.
+            InputError: no bundle there, or one of an autoencoder or extractor, or a size that its
+                model cannot draw.
         """
         self.sampling = sampling
         self.seed = seed
@@ -62,6 +69,8 @@ class BundleSampler:
                 f"bundle {bundle_path} is a {self.facts.model.family}, which draws nothing by "
                 "itself: give that of a diffusion model or a GAN"
             )
+        self.size = self.facts.samples.size if size is None else size
+        check_size(self.facts, self.size)
         self._engines: dict[tuple[bool, bool], SamplingEngine] = {}
         self._generators: dict[bool, Generator] = {}
 
@@ -195,13 +204,13 @@ class BundleSampler:
         self, planned: Iterable[PlannedSample], guidance_scale: float
     ) -> list[SampleRequest]:
         """Checked, before anything is loaded."""
-        model, samples = self.facts.model, self.facts.samples
+        model = self.facts.model
         requests = []
         for one in planned:
             annotated = one.lent is not None and one.lent.keeps_nodules
             inside_lung = self.sampling.prior == "joint" and not annotated
             check_condition(
-                one.condition, samples.size, self.facts.spatial_dims, inside_lung=inside_lung
+                one.condition, self.size, self.facts.spatial_dims, inside_lung=inside_lung
             )
             if isinstance(model, LayoutGuided):
                 _check_layout(one, model.layout_labels)
@@ -263,19 +272,49 @@ class BundleSampler:
         bundle = self.bundle
         denoiser = _fresh(bundle, self.seed) if untrained else bundle.denoiser
         assert denoiser is not None
-        config = bundle.diffusion
+        config, latent_shape = bundle.diffusion, bundle.latent_shape
+        if self.size != bundle.samples.size:
+            channels, cells, *_ = latent_shape
+            count = cells * self.size // bundle.samples.size
+            latent_shape = (channels, *(count,) * self.facts.spatial_dims)
+            denoiser = TiledDenoiser(denoiser, bundle.samples.size, cells, latent_shape[1:])
         return SamplingEngine(
             denoiser,
             NoiseSchedule.from_config(config),
             config.prediction_type,
-            bundle.latent_shape,
-            bundle.samples.size,
+            latent_shape,
+            self.size,
             self.sampling.batch_size,
             space=bundle.space,
             feather_px=self.sampling.feather_px,
             guided=guided,
             compiled=self.sampling.compile,
             device=self.device,
+        )
+
+
+def check_size(facts: BundleFacts, size: int) -> None:
+    """Refuses samples of a size that a bundle cannot draw.
+
+    Models that are told of layouts draw larger ones than they were trained on, tile by tile.
+
+    Raises:
+        InputError: says which sizes it can.
+    """
+    own = facts.samples.size
+    if size == own:
+        return
+    in_tiles = isinstance(facts.model, LayoutGuided) and isinstance(facts.model, Diffusion)
+    if not in_tiles:
+        raise InputError(
+            f"samples of {size} pixels a side, and a {facts.model.family} draws those that it was "
+            f"trained on, {own}: use such a sample set"
+        )
+    cell = own // facts.latent_shape[1]
+    if size < own or size % cell:
+        raise InputError(
+            f"samples of {size} pixels a side: a model trained on {own} draws {own} or more, in "
+            f"steps of {cell}"
         )
 
 
