@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from raysynth.models.monai import AEKLResBlock, AutoencoderKL, UpSample
 
-SLAB_VOXELS = 2**19
-"""Of a layer's output that are computed at once: 32 planes of 128 x 128."""
+SLAB_VOXELS = 2**18
+"""Of a layer's output that are computed at once: 16 planes of 128 x 128."""
 
 Read = Callable[[int, int], Tensor]
 """Planes [start, stop) of a layer's input."""
@@ -55,16 +55,13 @@ def decode_in_slabs(network: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def _residual(block: AEKLResBlock, x: Tensor) -> Tensor:
-    """MONAI's residual block; where it keeps the channels, in place."""
+    """MONAI's residual block, in the memory of x if it has as many channels or more."""
     hidden = _convolved(_conv_of(block.conv1), *_normalised(block.norm1, x))
-    keeps_channels = isinstance(block.nin_shortcut, nn.Identity)
-    out = x if keeps_channels else None
+    channels = hidden.shape[1]
+    out = x[:, :channels] if channels <= x.shape[1] else torch.empty_like(hidden)
     for start, stop, slab in _slabs(_conv_of(block.conv2), *_normalised(block.norm2, hidden)):
-        shortcut = block.nin_shortcut(x[:, :, start:stop])
-        if out is None:
-            out = slab.new_empty(*slab.shape[:2], *x.shape[2:])
-        torch.add(shortcut, slab, out=out[:, :, start:stop])
-    assert out is not None
+        slab += block.nin_shortcut(x[:, :, start:stop])
+        out[:, :, start:stop] = slab
     return out
 
 
@@ -136,7 +133,9 @@ def _slabs(conv: nn.Conv3d, read: Read, size: Size) -> Iterator[tuple[int, int, 
     for start, stop in _ranges(size):
         low, high = max(0, start - halo), min(depth, stop + halo)
         missing = (low - start + halo, stop + halo - high)
-        planes = functional.pad(read(low, high), (0, 0, 0, 0, *missing))
+        planes = read(low, high)
+        if any(missing):
+            planes = functional.pad(planes, (0, 0, 0, 0, *missing))
         padding = (0, halo, halo)
         yield start, stop, functional.conv3d(planes, conv.weight, conv.bias, padding=padding)
 
