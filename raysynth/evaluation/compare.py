@@ -12,7 +12,7 @@ from typing import Any
 
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
-from raysynth.evaluation.regions import GENERATED
+from raysynth.evaluation.regions import is_generated
 from raysynth.evaluation.report import (
     display_window,
     fill_texts,
@@ -235,7 +235,7 @@ def _shared_keys(contenders: Sequence[Contender]) -> list[str]:
         key=lambda key: ("neighbour" in metrics[key]["columns"], int(key.split("/")[-1])),
     ):
         best[key.rpartition("/")[0]] = key
-    return sorted(best.values(), key=lambda key: (f"/{GENERATED}" not in key, key))
+    return sorted(best.values(), key=lambda key: (not is_generated(key.split("/")[2]), key))
 
 
 def _region(key: str) -> str:

@@ -68,7 +68,7 @@ def test_a_seam_is_a_greater_step_than_the_hosts(sets: dict[str, SampleSet]) -> 
     assert bright.changed == 0
     assert bright.seam == pytest.approx(40 * 26 / (2 * 14 + 12))
     assert spilt.changed == 1
-    assert (fits.mse_hu2, bright.mse_hu2) == (0, 40**2)
+    assert (fits.errors["inside"].mse_hu2, bright.errors["inside"].mse_hu2) == (0, 40**2)
     assert bright.ssim < fits.ssim == 1
 
 
