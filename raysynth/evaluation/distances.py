@@ -70,7 +70,8 @@ def judge_places(
             neighbours = real.take(first), real.take(after)
         arms = Arms(real, real.take(is_reference[rows]), judged, neighbours)
         draws, seed = config.evaluation.num_bootstrap, config.seed
-        futures.append(task.remote(place, arms, draws, seed, DISTANCES, space))
+        asked = place, arms, draws, seed, DISTANCES, space
+        futures.append(task.remote(*asked))  # type: ignore[call-arg]  # Ray forgets the defaults
     results: dict[str, MetricResult] = {}
     for future in futures:
         results.update(**ray.get(future))

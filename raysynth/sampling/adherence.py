@@ -151,7 +151,7 @@ def requested_diameter_mm(layout: NDArray[np.uint8], box: Box, pixel_mm: float) 
 
     A layout that shows no nodule there asks for the disc (ball) inside the box.
     """
-    size = np.count_nonzero(layout[within(box)] == Label.NODULE)
+    size = int(np.count_nonzero(layout[within(box)] == Label.NODULE))
     diameter_px = _diameter(size, layout.ndim) if size else box[layout.ndim] - box[0]
     return float(diameter_px) * pixel_mm
 
