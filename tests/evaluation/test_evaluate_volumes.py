@@ -97,7 +97,7 @@ def _write_run(root: zarr.Group, name: str, hu: np.ndarray, asked: dict[str, Any
 
 
 def _write_runs(root: zarr.Group, config: ExperimentConfig) -> None:
-    """A good `model` adds some noise to its hosts; controls are noise, another's, and a constant."""
+    """A good `model` adds noise to its hosts; controls are noise, another's, and a constant."""
     real = SampleSet(root[f"samples/{config.data.samples.name}"])
     rows = np.flatnonzero(real.index["split"] == SPLITS.index("test"))
     hosts, layout = real.read("hu")[rows], real.read("layout")[rows]
