@@ -63,7 +63,9 @@ def test_spoiled_volumes_are_farther_than_other_real_ones(spoil) -> None:
 
 
 def test_slices_and_volumes_are_not_taken_for_each_other() -> None:
-    with pytest.raises(InputError, match=r"ct-conv3d@1 takes volumes .* at least 16"):
+    with pytest.raises(
+        InputError, match=r"ct-conv3d@1 takes volumes \(n, z, y, x\) of at least 16"
+    ):
         CtConv3d()(np.zeros((1, 20, 20), np.int16))
     with pytest.raises(InputError, match=r"ct-conv@1 takes slices"):
         CtConv()(np.zeros((1, 20, 20, 20), np.int16))
