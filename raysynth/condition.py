@@ -22,7 +22,7 @@ class Condition:
 
     Attributes:
         layout: labels (`raysynth.case.Label`), uint8 (y, x) or (z, y, x), on the sample's grid.
-        box: the square around the nodule, half-open pixels (y0, x0, y1, x1) of the sample.
+        box: the square (in volumes the cube) around the nodule, in pixels of the sample.
         attributes: scores 1-5 in the order of `raysynth.case.CONDITION_ATTRIBUTES`; 0 = not given.
         text: a prompt.
         known_hu: int16 HU of pixels to keep, where `known_mask` is true.
@@ -37,34 +37,38 @@ class Condition:
     known_mask: NDArray[np.bool_] | None = None
 
 
-def check_condition(condition: Condition, size: int, *, inside_lung: bool = False) -> None:
-    """Refuses a request that no model of 2D samples can be asked.
+def check_condition(
+    condition: Condition, size: int, spatial_dims: int = 2, *, inside_lung: bool = False
+) -> None:
+    """Refuses a request that no model of such samples can be asked.
 
     Args:
         condition: the request.
         size: pixels along a sample's side.
+        spatial_dims: 2 of slices, 3 of volumes.
         inside_lung: refuse also a box whose middle is no lung of its layout. The published prior
             puts boxes there.
 
     Raises:
         InputError: says which part, its value, and what would do.
     """
-    _check_layout(condition.layout, size)
-    _check_box(condition, size, inside_lung)
+    shape = (size,) * spatial_dims
+    _check_layout(condition.layout, shape)
+    _check_box(condition, shape, inside_lung)
     _check_scores(condition.attributes)
     known = condition.known_hu, condition.known_mask
     if (known[0] is None) != (known[1] is None):
         raise InputError("known_hu and known_mask: give both, or neither")
     for name, part in zip(("known_hu", "known_mask"), known, strict=True):
-        if part is not None and part.shape != (size, size):
-            raise InputError(f"{name} of shape {part.shape}: this model needs ({size}, {size})")
+        if part is not None and part.shape != shape:
+            raise InputError(f"{name} of shape {part.shape}: this model needs {shape}")
 
 
-def _check_layout(layout: NDArray[np.uint8] | None, size: int) -> None:
+def _check_layout(layout: NDArray[np.uint8] | None, shape: tuple[int, ...]) -> None:
     if layout is None:
         return
-    if layout.shape != (size, size):
-        raise InputError(f"layout of shape {layout.shape}: this model needs ({size}, {size})")
+    if layout.shape != shape:
+        raise InputError(f"layout of shape {layout.shape}: this model needs {shape}")
     if layout.dtype != np.uint8:
         raise InputError(f"layout of type {layout.dtype}: give labels as uint8")
     unknown = np.setdiff1d(layout, np.array(list(Label), np.uint8))
@@ -73,21 +77,25 @@ def _check_layout(layout: NDArray[np.uint8] | None, size: int) -> None:
         raise InputError(f"layout has unknown labels {', '.join(map(str, unknown))}: give {known}")
 
 
-def _check_box(condition: Condition, size: int, inside_lung: bool) -> None:
-    box, layout = condition.box, condition.layout
+def _check_box(condition: Condition, shape: tuple[int, ...], inside_lung: bool) -> None:
+    box, layout, axes, size = condition.box, condition.layout, len(shape), shape[0]
     if box is None:
         return
-    if len(box) != 4 or not all(isinstance(edge, int | np.integer) for edge in box):
-        raise InputError(f"box {box}: give four whole numbers (y0, x0, y1, x1)")
-    y0, x0, y1, x1 = box
-    if not (0 <= y0 < y1 <= size and 0 <= x0 < x1 <= size):
+    corners = ", ".join(axis + end for end in "01" for axis in "zyx"[-axes:])
+    if len(box) != 2 * axes or not all(isinstance(edge, int | np.integer) for edge in box):
+        number = "four" if axes == 2 else "six"
+        raise InputError(f"box {box}: give {number} whole numbers ({corners})")
+    if not all(0 <= low < high <= size for low, high in zip(box[:axes], box[axes:], strict=True)):
         raise InputError(
-            f"box {box}: give (y0, x0, y1, x1) with 0 <= y0 < y1 <= {size}, and x likewise"
+            f"box {box}: give ({corners}) with 0 <= y0 < y1 <= {size}, and the others likewise"
         )
     # A layout of nothing but background says nothing of anatomy.
     if inside_lung and layout is not None and layout.any():
-        rows, columns = (slice((a + b - 1) // 2, (a + b) // 2 + 1) for a, b in ((y0, y1), (x0, x1)))
-        if not np.isin(layout[rows, columns], (*LUNG_LABELS, Label.NODULE)).any():
+        middle = tuple(
+            slice((low + high - 1) // 2, (low + high) // 2 + 1)
+            for low, high in zip(box[:axes], box[axes:], strict=True)
+        )
+        if not np.isin(layout[middle], (*LUNG_LABELS, Label.NODULE)).any():
             raise InputError(
                 f"box {box} lies outside the lungs of its layout: move it into labels "
                 f"{Label.LEFT_LUNG} or {Label.RIGHT_LUNG}"

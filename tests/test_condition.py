@@ -16,7 +16,7 @@ from raysynth.config.model import LatentDiffusionConfig, VQVAEConfig
 from raysynth.errors import InputError
 from raysynth.models.bundle import FACTS
 from raysynth.models.facts import BundleFacts
-from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.planner import PlannedSample
 
 SIZE = 32
@@ -65,7 +65,7 @@ SCALES = {
 
 
 @pytest.fixture(scope="module")
-def sampler(tmp_path_factory: pytest.TempPathFactory) -> SliceSampler:
+def sampler(tmp_path_factory: pytest.TempPathFactory) -> BundleSampler:
     """Of a bundle that lacks its weights: whoever tries to load them gets another error."""
     path: Path = tmp_path_factory.mktemp("bundle")
     facts = BundleFacts(
@@ -82,15 +82,15 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> SliceSampler:
         seen_samples=0,
     )
     (path / FACTS).write_text(facts.model_dump_json())
-    return SliceSampler(path, SamplingConfig(), 0)
+    return BundleSampler(path, SamplingConfig(), 0)
 
 
-def _draw(sampler: SliceSampler, condition: Condition, scale: Any = 2.0) -> None:
+def _draw(sampler: BundleSampler, condition: Condition, scale: Any = 2.0) -> None:
     sampler.draw([PlannedSample("x", 1, condition, -1)], guidance_scale=scale)
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_requests_are_refused_in_one_line(sampler: SliceSampler, case: str) -> None:
+def test_bad_requests_are_refused_in_one_line(sampler: BundleSampler, case: str) -> None:
     parts, message = BAD[case]
     with pytest.raises(InputError, match=message) as refused:
         _draw(sampler, Condition(**parts))
@@ -98,13 +98,13 @@ def test_bad_requests_are_refused_in_one_line(sampler: SliceSampler, case: str) 
 
 
 @pytest.mark.parametrize("case", SCALES)
-def test_bad_scales_are_refused_in_one_line(sampler: SliceSampler, case: str) -> None:
+def test_bad_scales_are_refused_in_one_line(sampler: BundleSampler, case: str) -> None:
     scale, message = SCALES[case]
     with pytest.raises(InputError, match=message):
         _draw(sampler, Condition(), scale)
 
 
-def test_weights_are_looked_for_only_after_good_requests(sampler: SliceSampler) -> None:
+def test_weights_are_looked_for_only_after_good_requests(sampler: BundleSampler) -> None:
     with pytest.raises(InputError, match="copy the whole folder"):
         _draw(sampler, Condition(LAYOUT, (10, 6, 16, 12), (1, 2, 3, 4, 0)))
 

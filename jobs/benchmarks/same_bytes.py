@@ -1,60 +1,114 @@
 """A batch of samples by the engine against the loops of diffusers and MONAI: equal latents.
 
-python -m jobs.benchmarks.same_bytes [--repeats N] [--steps N] [--no-compile]
+python -m jobs.benchmarks.same_bytes [--volumes] [--repeats N] [--steps N] [--no-compile]
 
-Eight requests of 50 DDIM steps under guidance 2, latents 4 x 32 x 32, from the same network and the
-same noise. All ways encode conditions once, take both halves of the guidance in one call, and run
-under `inference_mode` (MONAI's under its own `no_grad`), on one thread. diffusers' loop also runs
-as a careful user would have it: channels last and compiled. Nothing is reported unless the latents
-agree to 1e-5 of their size. Ways run in turn. "GEMM alone" is the time that the network's
-multiplications would take at the rate of a large matrix product, measured in the same run: no loop
-can be faster. Prints a table and a line of JSON; exits 1 where a target is missed.
+Eight requests of 50 DDIM steps under guidance 2, latents 4 x 32 x 32 (or, two requests, volumes of
+32^3 voxels), from the same network and the same noise. All ways encode conditions once, take both
+halves of the guidance in one call, and run under `inference_mode` (MONAI's under its own
+`no_grad`), on one thread. diffusers' loop also runs as a careful user would have it: channels last
+and compiled. Nothing is reported unless the latents agree to 1e-5 of their size. Ways run in turn.
+"GEMM alone" is the time that the network's multiplications would take at the rate of a large matrix
+product, measured in the same run: no loop can be faster. Prints a table and a line of JSON; exits 1
+where a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.benchmarks.ratios import Row, Seconds, facts_of_run, median_row, paired_ratio, report
 from jobs.benchmarks.sampling import make_network
+from raysynth.case import Label
 from raysynth.condition import Condition
+from raysynth.config import LayoutDiffusionConfig
 from raysynth.diffusion.schedule import build_schedule
-from raysynth.models.conditioner import EncodedCondition, collate
-from raysynth.models.denoiser import Denoiser
+from raysynth.models.conditioner import ConditionBatch, EncodedCondition, collate
+from raysynth.models.denoiser import Denoiser, build_denoiser
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 
-LATENT_SHAPE, SAMPLE_SIZE, BATCH_SIZE, GUIDANCE = (4, 32, 32), 128, 8, 2.0
-TOLERANCE = 1e-5
+GUIDANCE, TOLERANCE = 2.0, 1e-5
 DIFFUSERS, MONAI, STRONG = "diffusers loop", "MONAI inferer", "diffusers loop, compiled"
 AT_LEAST = {DIFFUSERS: 1.5, STRONG: 1.0, MONAI: 1.8}
 
 Way = Callable[[], Tensor]
-"""Draws all requests: (8, 4, 32, 32)."""
+"""Draws all requests: (batch_size, *latent_shape)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is drawn: latents, the conditions' grid, how many at once, and what is asked for."""
+
+    latent_shape: tuple[int, ...]
+    sample_size: int
+    batch_size: int
+    condition: Callable[[int], Condition]
+
+    def collate(self, conditions: Sequence[Condition]) -> ConditionBatch:
+        """Conditions as the network takes them."""
+        return collate(conditions, self.sample_size, len(self.latent_shape) - 1)
+
+    def make_network(self) -> Denoiser:
+        """A network that no guidance lets overflow."""
+        if len(self.latent_shape) == 3:
+            return make_network((32, 48, 64), self.latent_shape)
+        torch.manual_seed(0)
+        config = LayoutDiffusionConfig(
+            channels=(16, 32, 64),
+            attention_levels=(False, False, True),
+            num_res_blocks=1,
+            num_head_channels=16,
+            norm_num_groups=16,
+        )
+        denoiser = build_denoiser(config, 1, self.sample_size, spatial_dims=3).eval()
+        with torch.no_grad():
+            for parameter in denoiser.parameters():  # MONAI starts output layers at zero
+                if not parameter.any():
+                    parameter.normal_(std=0.05)
+        return denoiser
+
+
+def _boxed(number: int) -> Condition:
+    return Condition(box=(40, 16 + number, 60, 36 + number), attributes=(3, 4, 1, 2, 5))
+
+
+def _lungs(number: int) -> Condition:
+    layout = np.full((32, 32, 32), Label.BODY, np.uint8)
+    layout[4:28, 6:26, 4 + number : 14] = Label.RIGHT_LUNG
+    return Condition(layout)
+
+
+SLICES, VOLUMES = Case((4, 32, 32), 128, 8, _boxed), Case((1, 32, 32, 32), 32, 2, _lungs)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--volumes", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--no-compile", action="store_true", help="leave compiled ways out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    denoiser = make_network((32, 48, 64), LATENT_SHAPE)
+    case = VOLUMES if options.volumes else SLICES
+    denoiser = case.make_network()
     facts = facts_of_run("torch", "diffusers", "monai") | {
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "steps": options.steps,
-        "gemm_alone_ms": round(_gemm_alone_ms(denoiser) * options.steps, 1),
+        "latent_shape": case.latent_shape,
+        "batch_size": case.batch_size,
+        "gemm_alone_ms": round(_gemm_alone_ms(case, denoiser) * options.steps, 1),
     }
-    ways = _ways(denoiser, options.steps, compiled=not options.no_compile)
+    ways = _ways(case, denoiser, options.steps, compiled=not options.no_compile)
     facts["largest_difference"] = difference = _largest_difference(ways)
     if difference > TOLERANCE:
         print(f"the latents differ by {difference:.1e}: not comparable")
@@ -82,39 +136,38 @@ def main(arguments: list[str]) -> int:
     return report(facts, tables, of="times as fast as this")
 
 
-def _ways(denoiser: Denoiser, steps: int, compiled: bool) -> dict[str, Way]:
-    loops = _Loops(deepcopy(denoiser), steps)
-    ways = {"raysynth": _engine(denoiser, steps, compiled=False)}
+def _ways(case: Case, denoiser: Denoiser, steps: int, compiled: bool) -> dict[str, Way]:
+    loops = _Loops(case, deepcopy(denoiser), steps)
+    ways = {"raysynth": _engine(case, denoiser, steps, compiled=False)}
     if compiled:
-        ways["raysynth, compiled"] = _engine(denoiser, steps, compiled=True)
+        ways["raysynth, compiled"] = _engine(case, denoiser, steps, compiled=True)
     ways |= {DIFFUSERS: loops.diffusers, MONAI: loops.monai}
     if compiled:
-        last = deepcopy(denoiser).to(memory_format=torch.channels_last)
-        strong = _Loops(last, steps)
+        in_space = len(case.latent_shape) == 4
+        memory_format = torch.channels_last_3d if in_space else torch.channels_last
+        last: Any = deepcopy(denoiser)
+        last = last.to(memory_format=memory_format)
+        strong = _Loops(case, last, steps)
         strong.predict = torch.compile(last.predict, dynamic=False)
-        strong.memory_format = torch.channels_last
+        strong.memory_format = memory_format
         ways[STRONG] = strong.diffusers
     return ways
 
 
-def _condition(number: int) -> Condition:
-    return Condition(box=(40, 16 + number, 60, 36 + number), attributes=(3, 4, 1, 2, 5))
-
-
-def _engine(denoiser: Denoiser, steps: int, compiled: bool) -> Way:
+def _engine(case: Case, denoiser: Denoiser, steps: int, compiled: bool) -> Way:
     engine = SamplingEngine(
         deepcopy(denoiser),  # engines change its memory format
         build_schedule("scaled_linear"),
         "epsilon",
-        LATENT_SHAPE,
-        SAMPLE_SIZE,
-        BATCH_SIZE,
+        case.latent_shape,
+        case.sample_size,
+        case.batch_size,
         guided=True,
         compiled=compiled,
     )
     requests = [
-        SampleRequest(str(number), number, _condition(number), "ddim", steps, GUIDANCE)
-        for number in range(BATCH_SIZE)
+        SampleRequest(str(number), number, case.condition(number), "ddim", steps, GUIDANCE)
+        for number in range(case.batch_size)
     ]
 
     def draw() -> Tensor:
@@ -127,8 +180,8 @@ def _engine(denoiser: Denoiser, steps: int, compiled: bool) -> Way:
 class _Loops:
     """The loops of other libraries round the same network."""
 
-    def __init__(self, denoiser: Denoiser, steps: int) -> None:
-        self.denoiser, self.steps = denoiser, steps
+    def __init__(self, case: Case, denoiser: Denoiser, steps: int) -> None:
+        self.case, self.denoiser, self.steps = case, denoiser, steps
         self.predict: Callable[..., Tensor] = denoiser.predict
         self.memory_format = torch.contiguous_format
 
@@ -177,7 +230,7 @@ class _Loops:
         drawn: Any = DiffusionInferer(scheduler).sample(
             x_t,
             network,  # type: ignore[arg-type]
-            conditioning=torch.zeros(BATCH_SIZE, 1),
+            conditioning=torch.zeros(self.case.batch_size, 1),
             cfg=GUIDANCE,
             verbose=False,
         )
@@ -185,13 +238,14 @@ class _Loops:
 
     @torch.no_grad()
     def _start(self) -> tuple[Tensor, EncodedCondition]:
+        count = self.case.batch_size
         noise = [
-            torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(number))
-            for number in range(BATCH_SIZE)
+            torch.randn(self.case.latent_shape, generator=torch.Generator().manual_seed(number))
+            for number in range(count)
         ]
-        conditions = [Condition()] * BATCH_SIZE + [_condition(n) for n in range(BATCH_SIZE)]
+        conditions = [Condition()] * count + [self.case.condition(n) for n in range(count)]
         x_t = torch.stack(noise).to(memory_format=self.memory_format)
-        return x_t, self.denoiser.encode(collate(conditions, SAMPLE_SIZE))
+        return x_t, self.denoiser.encode(self.case.collate(conditions))
 
 
 def _largest_difference(ways: dict[str, Way]) -> float:
@@ -202,12 +256,12 @@ def _largest_difference(ways: dict[str, Way]) -> float:
 
 
 @torch.inference_mode()
-def _gemm_alone_ms(denoiser: Denoiser) -> float:
+def _gemm_alone_ms(case: Case, denoiser: Denoiser) -> float:
     """Of one guided step."""
-    rows = 2 * BATCH_SIZE
-    encoded = denoiser.encode(collate([Condition()] * rows, SAMPLE_SIZE))
+    rows = 2 * case.batch_size
+    encoded = denoiser.encode(case.collate([Condition()] * rows))
     with FlopCounterMode(display=False) as counter:
-        denoiser.predict(torch.zeros(rows, *LATENT_SHAPE), torch.zeros(rows).long(), encoded)
+        denoiser.predict(torch.zeros(rows, *case.latent_shape), torch.zeros(rows).long(), encoded)
     size = 1024
     square = torch.randn(size, size)
     rates = []

@@ -31,7 +31,7 @@ from raysynth.evaluation.intervals import Arm, Interval, subsample_interval
 from raysynth.metrics.features import load_extractor
 from raysynth.metrics.kernel import cubic_mmd2
 from raysynth.sampling.batch import plan_run_samples
-from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.planner import PlannedSample
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
@@ -90,7 +90,7 @@ def _draw(
     """Slices, and the processor seconds that they took."""
     changes = {"sampler": name, "num_inference_steps": steps, "threads_per_actor": 1}
     sampling = config.sampling.model_copy(update=changes)
-    sampler = SliceSampler(config.bundle_path, sampling, config.seed)
+    sampler = BundleSampler(config.bundle_path, sampling, config.seed)
     sampler.draw(plan[:1])  # loads the bundle
     started = time.process_time()
     hu = sampler.draw(plan)

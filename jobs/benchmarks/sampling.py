@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     return int(missed)
 
 
-def make_network(channels: tuple[int, ...], latent_shape: tuple[int, int, int]) -> Denoiser:
+def make_network(channels: tuple[int, ...], latent_shape: tuple[int, ...]) -> Denoiser:
     """A small U-Net of system A, whose layers that begin as zero are filled as by training."""
     torch.manual_seed(0)
     config = LatentDiffusionConfig(

@@ -130,7 +130,7 @@ class AlternatingStream:
 def _objective() -> DiffusionObjective:
     torch.manual_seed(0)
     denoiser = build_denoiser(MODEL, LATENT_SHAPE[0], LATENT_SHAPE[1])
-    space = LatentSpace(build_autoencoder(AUTOENCODER).eval(), 1.0)
+    space = LatentSpace(build_autoencoder(AUTOENCODER).eval(), 1.0, AUTOENCODER.window_hu)
     return DiffusionObjective(denoiser, space, config=MODEL, seed=0)
 
 

@@ -25,8 +25,8 @@ from raysynth.store.writer import create_sample_set, write_rows
 from raysynth.window import normalize
 from storage_schema.v1 import latents
 
-BATCH_SIZE = 16
-"""Samples in one call of the encoder."""
+BATCH_SIZE, BATCH_PIXELS = 16, 2**22
+"""Samples in one call of the encoder, and pixels of all of them: two volumes of 128^3."""
 
 SCALE_SAMPLES = 128
 """Training samples from which the latents' spread is measured."""
@@ -38,7 +38,7 @@ class EncodeSummary:
 
     Attributes:
         samples: encoded, all of the set.
-        latent_shape: (c, h, w) of one of them.
+        latent_shape: (c, *latent) of one of them.
         latent_scale: what networks see is times this: 1 / standard deviation over training
             samples, or the factor published with the autoencoder.
         seconds: wall time; next to nothing if the latents were there already.
@@ -69,13 +69,14 @@ class _Encoder:
         write_rows(open_group(root, target), start, {"latents": self.encode(hu)})
 
     def encode(self, hu: NDArray[np.int16]) -> NDArray[np.float16]:
-        """Unscaled latents (n, c, h, w) of images (n, y, x)."""
+        """Unscaled latents (n, c, *latent) of images (n, *spatial)."""
         device = torch.device("cuda" if self.use_gpu else "cpu")
         assert self.bundle.autoencoder is not None
         autoencoder = self.bundle.autoencoder.to(device)
         encoded = []
+        size = max(1, min(BATCH_SIZE, BATCH_PIXELS // hu[0].size))
         with torch.inference_mode():
-            for batch in np.split(hu, range(BATCH_SIZE, len(hu), BATCH_SIZE)):
+            for batch in np.split(hu, range(size, len(hu), size)):
                 images = torch.from_numpy(normalize(batch, self.bundle.window_hu)[:, None])
                 encoded.append(autoencoder.encode(images.to(device)).half().cpu().numpy())
         return np.concatenate(encoded)

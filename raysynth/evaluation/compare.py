@@ -26,7 +26,7 @@ from raysynth.progress import stage_seconds
 from raysynth.report.html import ComparisonPage, write_comparison
 from raysynth.report.pictures import DISPLAY_WINDOW_HU
 from raysynth.sampling.batch import plan_run_samples
-from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.planner import PlannedSample
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
@@ -280,7 +280,7 @@ def _draw_a_batch(
     """Seconds an image of a full batch after a first one, and the process's peak in MiB."""
     import torch
 
-    sampler = SliceSampler(config.bundle_path, config.sampling, config.seed)
+    sampler = BundleSampler(config.bundle_path, config.sampling, config.seed)
     sampler.draw(planned)
     started = time.monotonic()
     sampler.draw(planned)

@@ -30,7 +30,7 @@ from raysynth.models.facts import ATTRIBUTION, BundleFacts
 from raysynth.progress import stage_seconds
 from raysynth.report.html import Estimate, Losses, MetricRow, ReportData, Tile, write_report
 from raysynth.report.pictures import DISPLAY_WINDOW_HU
-from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.hosts import plan_inpainting
 from raysynth.sampling.planner import PlannedSample
 from raysynth.seeding import seed_of
@@ -306,7 +306,7 @@ def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: Sampl
             "num_inference_steps": min(config.sampling.num_inference_steps, MAX_STEPS),
         }
     )
-    sampler = SliceSampler(config.bundle_path, sampling, config.seed)
+    sampler = BundleSampler(config.bundle_path, sampling, config.seed)
     steps, frames = sampler.denoising(first, NUM_FRAMES)
     return [
         Tile(frame, None, first.condition.box, f"step {step}")

@@ -46,6 +46,20 @@ def labels_of(organs: Iterable[str]) -> list[Label]:
     return [label for organ in organs for label in ORGANS[organ]]
 
 
+def channels_of(organs: Sequence[str]) -> list[tuple[Label, ...]]:
+    """The labels behind each channel of a model guided by these organs.
+
+    As published, a nodule is no lung to a model that hears of nodules; to one that does not, it is.
+    """
+    of_lung = LUNG_LABELS if "nodule" in organs else (*LUNG_LABELS, Label.NODULE)
+    return [of_lung if organ == "lung" else ORGANS[organ] for organ in organs]
+
+
+def layout_hole(layout: NDArray[np.uint8], organs: Sequence[str]) -> Mask:
+    """What a model guided by these organs fills where all else is known."""
+    return np.isin(layout, [label for labels in channels_of(organs) for label in labels])
+
+
 def organ_hole(layout: NDArray[np.uint8], organs: Sequence[int] | NDArray[np.uint8]) -> Mask:
     """All voxels of some organs (`raysynth.case.Label`) in one mask."""
     return np.isin(layout, organs)

@@ -1,4 +1,4 @@
-"""Where a nodule may be put in a plane, and putting it there."""
+"""Where a nodule may be put in a slice or volume, and putting it there."""
 
 from __future__ import annotations
 
@@ -14,33 +14,39 @@ def admissible_centres(
 ) -> NDArray[np.bool_]:
     """Pixels on which a nodule of this radius may be centred (methods A, improved prior).
 
-    The whole disc must be free lung: of one lung, inside the image, off other nodules. A
+    The whole disc or ball must be free lung: of one lung, inside the image, off other nodules. A
     juxtapleural nodule asks only for a centre in the lung; `place_nodule` clips it at the pleura.
 
     Args:
-        layout: labels of one plane, (y, x).
+        layout: labels (y, x) or (z, y, x).
         radius_px: radius of the nodule in pixels.
         juxtapleural: allow the disc to leave the lung.
     """
-    centres = np.zeros(layout.shape, np.bool_)
+    if juxtapleural:
+        return np.isin(layout, LUNG_LABELS)
+    return lung_depth(layout) > radius_px
+
+
+def lung_depth(layout: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """How far each pixel is from whatever is not its own lung, in pixels; 0 outside the lungs.
+
+    Outside the image there is no lung.
+    """
+    depth = np.zeros(layout.shape)
+    inside = (slice(1, -1),) * layout.ndim
     for label in LUNG_LABELS:
-        lung = layout == label
-        if juxtapleural:
-            centres |= lung
-        else:
-            depth = ndimage.distance_transform_edt(np.pad(lung, 1))[1:-1, 1:-1]
-            centres |= depth > radius_px
-    return centres
+        depth += ndimage.distance_transform_edt(np.pad(layout == label, 1))[inside]
+    return depth
 
 
 def place_nodule(
-    layout: NDArray[np.uint8], centre: tuple[int, int], radius_px: float
+    layout: NDArray[np.uint8], centre: tuple[int, ...], radius_px: float
 ) -> NDArray[np.uint8]:
-    """A copy of the layout with a disc of NODULE around `centre`, clipped to that pixel's lung.
+    """A copy of the layout with a disc or ball of NODULE, clipped to the lung of its centre.
 
     Args:
-        layout: labels of one plane, (y, x).
-        centre: a pixel of lung, (y, x).
+        layout: labels (y, x) or (z, y, x).
+        centre: a pixel of lung, as many numbers.
         radius_px: radius; the centre itself is always part of the nodule.
 
     Raises:
@@ -52,9 +58,21 @@ def place_nodule(
             f"the nodule's centre {centre} has label {lung}, not a lung's; "
             "take one of admissible_centres"
         )
-    y, x = np.ogrid[: layout.shape[0], : layout.shape[1]]
-    disc = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius_px**2
+    grid = np.ogrid[tuple(slice(size) for size in layout.shape)]
+    squared = sum((axis - middle) ** 2 for axis, middle in zip(grid, centre, strict=True))
     placed = layout.copy()
-    placed[disc & (layout == lung)] = Label.NODULE
+    placed[(squared <= radius_px**2) & (layout == lung)] = Label.NODULE
     placed[centre] = Label.NODULE
     return placed
+
+
+def without_nodules(layout: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A layout whose nodule pixels carry the label of the nearest lung."""
+    nodule = layout == Label.NODULE
+    if not nodule.any():
+        return layout
+    lung = np.isin(layout, LUNG_LABELS)
+    if not lung.any():
+        return np.where(nodule, np.uint8(Label.BODY), layout)
+    nearest = ndimage.distance_transform_edt(~lung, return_distances=False, return_indices=True)
+    return np.where(nodule, layout[tuple(nearest)], layout)

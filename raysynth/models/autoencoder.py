@@ -16,6 +16,7 @@ from raysynth.config.model import (
     VQVAEConfig,
 )
 from raysynth.models.monai import AutoencoderKL
+from raysynth.models.slabs import decode_in_slabs
 
 KL_WEIGHT, COMMITMENT_WEIGHT = 1e-6, 0.25
 """Of published autoencoders that are trained on: the defaults of our own."""
@@ -80,7 +81,9 @@ class KLAutoencoder(Autoencoder):
         return mean, sigma
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents."""
+        """Images of latents; volumes slab by slab where no gradient is asked for."""
+        if latents.ndim == 5 and not torch.is_grad_enabled():
+            return decode_in_slabs(self.network, latents)
         return self.network.decode(latents)
 
     def reconstruct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -202,11 +205,11 @@ def reconstruction_terms(reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]
     }
 
 
-def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """A fresh autoencoder of the configured family, for axial slices."""
+def build_autoencoder(config: AutoencoderConfig, spatial_dims: int = 2) -> Autoencoder:
+    """A fresh autoencoder of the configured family, for slices; the first one for volumes, too."""
     match config:
         case AutoencoderKLConfig():
-            return KLAutoencoder(config)
+            return KLAutoencoder(config, spatial_dims)
         case VQVAEConfig():
             return VQAutoencoder(_vq_model(config), config.commitment_weight)
         case PretrainedAutoencoderConfig():

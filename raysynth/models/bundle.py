@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from raysynth.case import Intensity
-from raysynth.config.data import SliceSamples
+from raysynth.config.data import Samples
 from raysynth.config.model import (
     Diffusion,
     DiffusionConfig,
@@ -101,15 +101,15 @@ class Bundle:
         """Where the denoiser works."""
         if self.autoencoder is None:
             return PixelSpace(self.window_hu)
-        return LatentSpace(self.autoencoder, self.latent_scale)
+        return LatentSpace(self.autoencoder, self.latent_scale, self.window_hu)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of what is denoised: latents, or the image itself."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """(c, *latent) of what is denoised: latents, or the image itself."""
         return self.facts.latent_shape
 
     @property
-    def samples(self) -> SliceSamples:
+    def samples(self) -> Samples:
         """How the training images were cut."""
         return self.facts.samples
 
@@ -194,16 +194,16 @@ def load_bundle(path: Path) -> Bundle:
     facts = read_facts(path)
     autoencoder, denoiser, generator, encoder, tokenizer = (None,) * 5
     if facts.autoencoder_config is not None:
-        autoencoder = build_autoencoder(facts.autoencoder_config)
+        autoencoder = build_autoencoder(facts.autoencoder_config, facts.spatial_dims)
         _load_weights(autoencoder, path, AUTOENCODER)
     if isinstance(facts.model, Diffusion):
-        channels, size, _ = facts.latent_shape
+        channels, size, *_ = facts.latent_shape
         if isinstance(facts.model, StableDiffusionConfig):
             tokenizer = load_tokenizer(path)
-        denoiser = build_denoiser(facts.model, channels, size, tokenizer)
+        denoiser = build_denoiser(facts.model, channels, size, tokenizer, facts.spatial_dims)
         _load_weights(denoiser, path, DENOISER)
     if isinstance(facts.model, Gan):
-        generator = build_generator(facts.model, facts.samples.size)
+        generator = build_generator(facts.model, facts.samples.size, facts.spatial_dims)
         _load_weights(generator, path, GENERATOR)
     if isinstance(facts.model, ExtractorConfig):
         encoder = Encoder(facts.model)

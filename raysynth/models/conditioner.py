@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from raysynth.case import CONDITION_ATTRIBUTES, LUNG_LABELS, Label
 from raysynth.condition import Condition, check_condition
-from raysynth.config.model import LatentDiffusionConfig
+from raysynth.config.model import LatentDiffusionConfig, Window
+from raysynth.layout.holes import channels_of
+from raysynth.window import normalize
 
 NUM_ATTRIBUTES = len(CONDITION_ATTRIBUTES)
 NUM_SCORES = 5
@@ -28,7 +30,7 @@ class ConditionBatch:
 
     Attributes:
         layout: labels, uint8 (B, *spatial); null is 0 everywhere.
-        box: half-open (y0, x0, y1, x1) in sample pixels, int64 (B, 4); null is -1.
+        box: as in `Condition`, int64 (B, 2 * spatial_dims); null is -1.
         attributes: scores 1-5 of `CONDITION_ATTRIBUTES`, int64 (B, 5); null is 0.
         text: a prompt for each sample, null is empty; None where no sample has any.
         known_hu: HU to keep, int16 (B, *spatial); None where nothing is kept of any sample.
@@ -89,21 +91,23 @@ class ConditionBatch:
         )
 
 
-def collate(conditions: Sequence[Condition], size: int) -> ConditionBatch:
+def collate(conditions: Sequence[Condition], size: int, spatial_dims: int = 2) -> ConditionBatch:
     """Puts requests into a batch.
 
     Args:
-        conditions: requests for 2D samples.
+        conditions: requests for slices or volumes.
         size: pixels along a sample's side.
+        spatial_dims: 2 of slices, 3 of volumes.
 
     Raises:
         InputError: one does not fit; see `check_condition`.
     """
-    layout = np.zeros((len(conditions), size, size), dtype=np.uint8)
-    box = np.full((len(conditions), 4), -1, dtype=np.int64)
+    shape = (size,) * spatial_dims
+    layout = np.zeros((len(conditions), *shape), dtype=np.uint8)
+    box = np.full((len(conditions), 2 * spatial_dims), -1, dtype=np.int64)
     attributes = np.zeros((len(conditions), NUM_ATTRIBUTES), dtype=np.int64)
     for row, condition in enumerate(conditions):
-        check_condition(condition, size)
+        check_condition(condition, size, spatial_dims)
         if condition.layout is not None:
             layout[row] = condition.layout
         if condition.box is not None:
@@ -118,18 +122,18 @@ def collate(conditions: Sequence[Condition], size: int) -> ConditionBatch:
         torch.from_numpy(box),
         torch.from_numpy(attributes),
         text,
-        *_collate_known(conditions, size),
+        *_collate_known(conditions, shape),
     )
 
 
 def _collate_known(
-    conditions: Sequence[Condition], size: int
+    conditions: Sequence[Condition], shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """What is known of each image, and where; nothing if nothing is of any."""
     if all(condition.known_mask is None for condition in conditions):
         return None, None
-    known_hu = np.zeros((len(conditions), size, size), dtype=np.int16)
-    known_mask = np.zeros((len(conditions), size, size), dtype=bool)
+    known_hu = np.zeros((len(conditions), *shape), dtype=np.int16)
+    known_mask = np.zeros((len(conditions), *shape), dtype=bool)
     for row, condition in enumerate(conditions):
         if condition.known_hu is not None and condition.known_mask is not None:
             known_hu[row], known_mask[row] = condition.known_hu, condition.known_mask
@@ -168,6 +172,38 @@ def lung_mask(layout: Tensor, latent_size: int) -> Tensor:
         lungs |= layout == label
     cells = (latent_size,) * (layout.ndim - 1)
     return functional.interpolate(lungs.float()[:, None], size=cells, mode="area")
+
+
+def layout_channels(layout: Tensor, organs: Sequence[str], latent_size: int) -> Tensor:
+    """A channel for each organ, 1 inside and -1 outside, (B, k, *latent); means of larger cells.
+
+    A layout of nothing but background is the null condition: all channels are zero there.
+
+    Args:
+        layout: labels (B, *spatial).
+        organs: `layout_labels` of the model.
+        latent_size: cells along a side.
+    """
+    masks = [
+        torch.stack([layout == label for label in labels]).any(dim=0)
+        for labels in channels_of(organs)
+    ]
+    channels = torch.stack(masks, dim=1).float() * 2 - 1
+    given = (layout > 0).flatten(1).any(dim=1)
+    channels = channels * given.view(-1, *[1] * layout.ndim)
+    if layout.shape[-1] == latent_size:
+        return channels
+    return functional.interpolate(channels, size=(latent_size,) * (layout.ndim - 1), mode="area")
+
+
+def split_known(condition: ConditionBatch, window_hu: Window) -> tuple[Tensor, Tensor]:
+    """The known image in [-1, 1], 0 in its hole, and 1 where it is known, both (B, 1, *spatial)."""
+    mask, hu = condition.known_mask, condition.known_hu
+    if mask is None or hu is None:
+        nothing = torch.zeros_like(condition.layout[:, None], dtype=torch.float32)
+        return nothing, nothing
+    keep = mask[:, None].float()
+    return normalize(hu[:, None], window_hu) * keep, keep
 
 
 def one_hot_layout(layout: Tensor) -> Tensor:
@@ -233,14 +269,10 @@ class EncodedCondition(NamedTuple):
     Attributes:
         channels: put beside x_t, (B, k, *latent).
         context: keys and values of cross-attention, (B, tokens, width), or None.
-        known: clean values of what is kept, (B, c, *latent), or None.
-        keep: 1 where they are kept, 0 where the network decides, (B, 1, *latent), or None.
     """
 
     channels: Tensor
     context: Tensor | None = None
-    known: Tensor | None = None
-    keep: Tensor | None = None
 
 
 class SingleContext(nn.Module):
@@ -281,7 +313,6 @@ class TokenContext(nn.Module):
         self.project_patch = nn.Linear(self.patch**spatial_dims, width)
         self.positions = nn.Parameter(0.02 * torch.randn(self.grid**spatial_dims, width))
         if attributes is not None:
-            # Its own row says which score it is, the merged vector which company it keeps.
             self.project_score = nn.Linear(2 * attributes.width, width)
             self.roles = nn.Parameter(0.02 * torch.randn(NUM_ATTRIBUTES, width))
 
@@ -290,9 +321,7 @@ class TokenContext(nn.Module):
         tokens: Tensor = self.project_patch(self._patches(mask)) + self.positions
         if self.attributes is None:
             return tokens
-        merged = self.attributes(scores)[:, None].expand(-1, NUM_ATTRIBUTES, -1)
-        scored = torch.cat([self.attributes.rows(scores), merged], dim=2)
-        score_tokens = (self.project_score(scored) + self.roles) * (scores > 0)[..., None]
+        score_tokens = _score_tokens(scores, self.attributes, self.project_score, self.roles)
         return torch.cat([tokens, score_tokens], dim=1)
 
     def _patches(self, mask: Tensor) -> Tensor:
@@ -302,6 +331,30 @@ class TokenContext(nn.Module):
         grids = range(1, 2 * spatial_dims, 2)
         cells = range(2, 2 * spatial_dims + 1, 2)
         return split.permute(0, *grids, *cells).reshape(len(mask), len(self.positions), -1)
+
+
+class ScoreContext(nn.Module):
+    """A token for each score; those of absent ones are zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attributes = AttributeEmbedding()
+        self.project = nn.Linear(2 * self.attributes.width, width)
+        self.roles = nn.Parameter(0.02 * torch.randn(NUM_ATTRIBUTES, width))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Tokens (B, 5, width) of scores (B, 5)."""
+        return _score_tokens(scores, self.attributes, self.project, self.roles)
+
+
+def _score_tokens(
+    scores: Tensor, attributes: AttributeEmbedding, project: nn.Linear, roles: Tensor
+) -> Tensor:
+    """A token for each score: its own row, and the merged vector of the company it keeps."""
+    merged = attributes(scores)[:, None].expand(-1, NUM_ATTRIBUTES, -1)
+    scored = torch.cat([attributes.rows(scores), merged], dim=2)
+    tokens: Tensor = (project(scored) + roles) * (scores > 0)[..., None]
+    return tokens
 
 
 class Conditioner(nn.Module):

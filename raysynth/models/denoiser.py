@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raysynth.config.model import (
     DiffusionConfig,
     InpaintingConfig,
     LatentDiffusionConfig,
+    LayoutDiffusionConfig,
+    LayoutGuided,
+    LayoutLatentDiffusionConfig,
     SemanticDiffusionConfig,
     StableDiffusionConfig,
     TextDiffusionConfig,
@@ -24,12 +29,14 @@ from raysynth.models.conditioner import (
     ConditionBatch,
     Conditioner,
     EncodedCondition,
+    ScoreContext,
     edge_map,
+    layout_channels,
     one_hot_layout,
+    split_known,
 )
 from raysynth.models.monai import SPADE, DiffusionModelUNet, SPADEDiffusionModelUNet
 from raysynth.models.text import TextEncoder, clip_tokens
-from raysynth.window import normalize
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -147,12 +154,40 @@ class InpaintingDenoiser(Denoiser):
     def encode(self, condition: ConditionBatch) -> EncodedCondition:
         """The image, 0 in the hole, and the mask, 1 there. Where nothing is known all is hole."""
         known, keep = split_known(condition, self.window_hu)
-        return EncodedCondition(torch.cat([known, 1 - keep], dim=1), None, known, keep)
+        return EncodedCondition(torch.cat([known, 1 - keep], dim=1))
 
     def predict(self, x_t: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
         """The prediction for conditions that are already encoded."""
         x = torch.cat([x_t, encoded.channels.to(x_t.dtype)], dim=1)
         prediction: Tensor = self.unet(x, timestep)
+        return prediction
+
+
+class LayoutDenoiser(Denoiser):
+    """Lung and nodule beside the input, and perhaps scores in cross-attention (system D)."""
+
+    def __init__(
+        self,
+        unet: DiffusionModelUNet,
+        config: LayoutGuided,
+        latent_size: int,
+        scores: ScoreContext | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.organs, self.latent_size = config.layout_labels, latent_size
+        self.scores = scores
+
+    def encode(self, condition: ConditionBatch) -> EncodedCondition:
+        """A channel for each organ, and a token for each score."""
+        channels = layout_channels(condition.layout, self.organs, self.latent_size)
+        context = None if self.scores is None else self.scores(condition.attributes)
+        return EncodedCondition(channels, context)
+
+    def predict(self, x_t: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
+        """The prediction for conditions that are already encoded."""
+        x = torch.cat([x_t, encoded.channels.to(x_t.dtype)], dim=1)
+        prediction: Tensor = self.unet(x, timestep, context=encoded.context)
         return prediction
 
 
@@ -182,6 +217,7 @@ def build_denoiser(
     latent_channels: int,
     latent_size: int,
     tokenizer: Tokenizer | None = None,
+    spatial_dims: int = 2,
 ) -> Denoiser:
     """A fresh network.
 
@@ -190,8 +226,30 @@ def build_denoiser(
         latent_channels: channels of what is denoised: latents, or an image's one.
         latent_size: cells along its side.
         tokenizer: of Stable Diffusion; the others need none.
+        spatial_dims: 2 of slices, 3 of volumes.
     """
-    shape = _shape(config, latent_channels) if isinstance(config, UNet) else {}
+    denoiser: Denoiser = _fresh_denoiser(
+        config, latent_channels, latent_size, tokenizer, spatial_dims
+    )
+    if isinstance(config, UNet) and config.checkpointing:
+        recompute_activations(denoiser.unet)
+    return denoiser
+
+
+def recompute_activations(unet: Any) -> None:
+    """Has each block of a MONAI U-Net computed anew in the backward pass (Chen et al. 2016)."""
+    for block in (*unet.down_blocks, unet.middle_block, *unet.up_blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _fresh_denoiser(
+    config: DiffusionConfig,
+    latent_channels: int,
+    latent_size: int,
+    tokenizer: Tokenizer | None,
+    spatial_dims: int,
+) -> Any:
+    shape = _shape(config, latent_channels, spatial_dims) if isinstance(config, UNet) else {}
     match config:
         case StableDiffusionConfig():
             from diffusers import UNet2DConditionModel
@@ -235,30 +293,33 @@ def build_denoiser(
         case InpaintingConfig():
             unet = DiffusionModelUNet(in_channels=latent_channels + 2, **shape)
             return InpaintingDenoiser(unet, config.window_hu)
+        case LayoutDiffusionConfig():
+            in_channels = latent_channels + len(config.layout_labels)
+            unet = DiffusionModelUNet(in_channels=in_channels, **shape)
+            return LayoutDenoiser(unet, config, latent_size)
+        case LayoutLatentDiffusionConfig():
+            width = config.channels[0]
+            unet = DiffusionModelUNet(
+                in_channels=latent_channels + len(config.layout_labels),
+                with_conditioning=True,
+                cross_attention_dim=width,
+                **shape,
+            )
+            return LayoutDenoiser(unet, config, latent_size, ScoreContext(width))
 
 
-def _shape(config: UNet, out_channels: int) -> dict[str, Any]:
+def _shape(config: UNet, out_channels: int, spatial_dims: int) -> dict[str, Any]:
     """What all U-Nets of MONAI are told."""
     return {
-        "spatial_dims": 2,
+        "spatial_dims": spatial_dims,
         "out_channels": out_channels,
         "channels": config.channels,
         "attention_levels": config.attention_levels,
         "num_res_blocks": config.num_res_blocks,
-        "num_head_channels": config.num_head_channels,
+        "num_head_channels": config.head_channels,
         "norm_num_groups": config.norm_num_groups,
         "use_flash_attention": True,
     }
-
-
-def split_known(condition: ConditionBatch, window_hu: Window) -> tuple[Tensor, Tensor]:
-    """The known image in [-1, 1], 0 in its hole, and 1 where it is known, both (B, 1, y, x)."""
-    mask, hu = condition.known_mask, condition.known_hu
-    if mask is None or hu is None:
-        nothing = torch.zeros_like(condition.layout[:, None], dtype=torch.float32)
-        return nothing, nothing
-    keep = mask[:, None].float()
-    return normalize(hu[:, None], window_hu) * keep, keep
 
 
 def published_spade(network: Network) -> Network:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from raysynth import __version__
 from raysynth.case import Intensity, Split
 from raysynth.config.base import Section
-from raysynth.config.data import SliceSamples
+from raysynth.config.data import PatchSamples, Samples
 from raysynth.config.model import (
     AutoencoderConfig,
     AutoencoderKLConfig,
@@ -71,7 +71,7 @@ class BundleFacts(Section):
     """Of a latent diffusion model: the configuration of the autoencoder it works in."""
     latent_scale: float = Field(1.0, gt=0)
     """A diffusion model sees encoder output x latent_scale: of standard deviation 1."""
-    samples: SliceSamples
+    samples: Samples
     """How the training images were cut, so what an image of this model shows."""
     intensity: Intensity
     """`hu`, or `relative` if trained on images without Hounsfield units."""
@@ -141,13 +141,17 @@ class BundleFacts(Section):
         return self.model.window_hu
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of what a model draws: latents, or the image itself."""
-        config, size = self.autoencoder_config, self.samples.size
+    def spatial_dims(self) -> int:
+        """2 of models of slices, 3 of volumes."""
+        return len(self.samples.shape)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(c, *latent) of what a model draws: latents, or the image itself."""
+        config, shape = self.autoencoder_config, self.samples.shape
         if config is None:
-            return 1, size, size
-        cells = size // config.downsampling
-        return config.latent_channels, cells, cells
+            return 1, *shape
+        return config.latent_channels, *(size // config.downsampling for size in shape)
 
 
 def _left_out(model: ModelConfig) -> str:
@@ -191,9 +195,10 @@ def _limits(facts: BundleFacts) -> str:
             f"- Windows clip: it sees no difference outside [{low:g}, {high:g}].\n"
             "- Distances by it compare with none by other features, nor by another bundle.\n"
         )
+    alone = "- Slices are drawn one by one: neighbours do not form a volume.\n"
     return (
         f"- Windows clip: nothing outside [{low:g}, {high:g}] can appear.\n"
-        "- Slices are drawn one by one: neighbours do not form a volume.\n"
+        f"{alone if facts.spatial_dims == 2 else ''}"
         f"- {_memory(facts)}\n"
         "- Small nodules cover few cells; see the adherence figures for what is really drawn.\n"
     )
@@ -209,6 +214,14 @@ def _memory(facts: BundleFacts) -> str:
 def model_card(facts: BundleFacts, name: str) -> str:
     """The model card, in Markdown."""
     samples, (low, high) = facts.samples, facts.window_hu
+    side = f"{samples.size} x {samples.size} pixels, {samples.pixel_mm:.4g} mm a pixel"
+    view = f"({samples.field_of_view_mm:g} mm field of view)"
+    if isinstance(samples, PatchSamples):
+        subject = "lung-CT volumes"
+        handled = f"Cubes of {samples.size} voxels, {samples.pixel_mm:.4g} mm a voxel {view}."
+    else:
+        subject = "axial lung-CT slices"
+        handled = f"Slices of {side}\n  {view}, cut from volumes at {samples.spacing_mm:g} mm."
     unit = (
         "Hounsfield units"
         if facts.intensity == "hu"
@@ -232,14 +245,13 @@ def model_card(facts: BundleFacts, name: str) -> str:
     )
     return f"""# {name}
 
-A `{facts.model.family}` model of axial lung-CT slices, trained with raysynth.
+A `{facts.model.family}` model of {subject}, trained with raysynth.
 
 {_purpose(facts.model)}
 
 ## What it handles
 
-- Slices of {samples.size} x {samples.size} pixels, {samples.pixel_mm:.4g} mm a pixel
-  ({samples.field_of_view_mm:g} mm field of view), cut from volumes at {samples.spacing_mm:g} mm.
+- {handled}
 - {unit[0].upper()}{unit[1:]}, clipped to [{low:g}, {high:g}].
 
 ## Data

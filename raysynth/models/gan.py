@@ -15,13 +15,20 @@ from torch.nn.utils.parametrizations import spectral_norm
 from raysynth.config.model import (
     AutoencoderKLConfig,
     GanConfig,
+    LayoutGanConfig,
     Pix2PixConfig,
     SpadeGanConfig,
     VQVAEConfig,
 )
 from raysynth.models.autoencoder import Autoencoder
-from raysynth.models.conditioner import NUM_CLASSES, ConditionBatch, one_hot_layout
-from raysynth.models.denoiser import published_spade, split_known
+from raysynth.models.conditioner import (
+    NUM_CLASSES,
+    ConditionBatch,
+    layout_channels,
+    one_hot_layout,
+    split_known,
+)
+from raysynth.models.denoiser import published_spade
 from raysynth.models.monai import PatchDiscriminator, SPADEDecoder, UNet
 
 
@@ -91,6 +98,31 @@ class Pix2PixGenerator(Generator):
 
     def forward(self, encoded: Tensor) -> Tensor:
         """Images in [-1, 1], (B, 1, y, x)."""
+        return torch.tanh(self.unet(encoded))
+
+
+class LayoutGenerator(Generator):
+    """A U-Net from the layout to the image, of slices or volumes (pix2pix)."""
+
+    def __init__(self, config: LayoutGanConfig, size: int, spatial_dims: int) -> None:
+        super().__init__()
+        self.organs, self.size = config.layout_labels, size
+        self.unet = UNet(
+            spatial_dims=spatial_dims,
+            in_channels=len(config.layout_labels),
+            out_channels=1,
+            channels=config.channels,
+            strides=(2,) * (len(config.channels) - 1),
+            norm="INSTANCE",  # of one volume at a time there is no batch to normalise over
+            dropout=config.dropout,
+        )
+
+    def encode(self, condition: ConditionBatch) -> Tensor:
+        """A channel for each organ."""
+        return layout_channels(condition.layout, self.organs, self.size)
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        """Images in [-1, 1], (B, 1, *spatial)."""
         return torch.tanh(self.unet(encoded))
 
 
@@ -207,15 +239,21 @@ class SpadeAdversaries(Adversaries):
 class Pix2PixAdversaries(Adversaries):
     """The vanilla GAN loss on patches and 100 x L1 (Isola et al. 2017, eq. 4)."""
 
-    def __init__(self, config: Pix2PixConfig) -> None:
+    def __init__(
+        self, config: Pix2PixConfig | LayoutGanConfig, size: int, spatial_dims: int
+    ) -> None:
+        generator = build_generator(config, size, spatial_dims)
+        shown, norm = 2, "BATCH"
+        if isinstance(config, LayoutGanConfig):
+            shown, norm = len(config.layout_labels), "INSTANCE"
         discriminator = PatchDiscriminator(
-            spatial_dims=2,
+            spatial_dims=spatial_dims,
             channels=config.discriminator_channels,
-            in_channels=3,
+            in_channels=1 + shown,
             num_layers_d=config.discriminator_layers,
-            norm="BATCH",
+            norm=norm,
         )
-        super().__init__(Pix2PixGenerator(config), discriminator, config.discriminator_rate)
+        super().__init__(generator, discriminator, config.discriminator_rate)
         self.l1_weight = config.l1_weight
 
     def generator_terms(
@@ -239,9 +277,14 @@ class AutoencoderAdversaries(Adversaries):
     term, which needs weights that we lack.
     """
 
-    def __init__(self, autoencoder: Autoencoder, config: AutoencoderKLConfig | VQVAEConfig) -> None:
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        config: AutoencoderKLConfig | VQVAEConfig,
+        spatial_dims: int = 2,
+    ) -> None:
         discriminator = PatchDiscriminator(
-            spatial_dims=2,
+            spatial_dims=spatial_dims,
             channels=config.discriminator_channels,
             in_channels=1,
             num_layers_d=2,
@@ -266,18 +309,22 @@ class AutoencoderAdversaries(Adversaries):
         return _hinge(real[-1], fake[-1])
 
 
-def build_adversaries(config: GanConfig, size: int) -> Adversaries:
+def build_adversaries(config: GanConfig, size: int, spatial_dims: int = 2) -> Adversaries:
     """A fresh generator with its discriminator, for images of `size` pixels a side."""
     if isinstance(config, SpadeGanConfig):
         return SpadeAdversaries(config, size)
-    return Pix2PixAdversaries(config)
+    return Pix2PixAdversaries(config, size, spatial_dims)
 
 
-def build_generator(config: GanConfig, size: int) -> Generator:
+def build_generator(config: GanConfig, size: int, spatial_dims: int = 2) -> Generator:
     """A fresh generator alone."""
-    if isinstance(config, SpadeGanConfig):
-        return SpadeGenerator(config, size)
-    return Pix2PixGenerator(config)
+    match config:
+        case SpadeGanConfig():
+            return SpadeGenerator(config, size)
+        case Pix2PixConfig():
+            return Pix2PixGenerator(config)
+        case LayoutGanConfig():
+            return LayoutGenerator(config, size, spatial_dims)
 
 
 def _hinge(real: Tensor, fake: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ for _name in _HIDDEN:
     sys.modules[_name] = None  # type: ignore[assignment]  # "there is no such module"
 try:
     from monai.networks.blocks.spade_norm import SPADE
-    from monai.networks.nets.autoencoderkl import AutoencoderKL
+    from monai.networks.blocks.upsample import UpSample
+    from monai.networks.nets.autoencoderkl import AEKLResBlock, AutoencoderKL
     from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
     from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
     from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
@@ -26,10 +27,12 @@ finally:
 
 __all__ = [
     "SPADE",
+    "AEKLResBlock",
     "AutoencoderKL",
     "DiffusionModelUNet",
     "PatchDiscriminator",
     "SPADEDecoder",
     "SPADEDiffusionModelUNet",
     "UNet",
+    "UpSample",
 ]

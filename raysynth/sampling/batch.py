@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from raysynth import __version__
 from raysynth.case import CONDITION_ATTRIBUTES, Label
 from raysynth.condition import Condition
-from raysynth.config import ExperimentConfig, HoleFilling, SamplingConfig
+from raysynth.config import ExperimentConfig, HoleFilling, LayoutGuided, SamplingConfig
 from raysynth.config.experiment import Control
 from raysynth.config.sampling import DRAWING
 from raysynth.data.units import Meanwhile, write_units
 from raysynth.errors import InputError
 from raysynth.models.bundle import bundle_digest, read_facts
 from raysynth.sampling.adherence import Measurement
-from raysynth.sampling.draw import SliceSampler, paste_known
+from raysynth.sampling.draw import BundleSampler, check_size, paste_known
 from raysynth.sampling.hosts import plan_inpainting, tissue_means
+from raysynth.sampling.layouts import Lender, plan_layouts
 from raysynth.sampling.planner import (
     NO_SOURCE,
     PlannedSample,
@@ -40,7 +41,6 @@ from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, set_index, write_rows
 from storage_schema.v1 import PROMPT_BYTES, SPLITS, synthetic_run
 
-NO_BOX = (-1, -1, -1, -1)
 NO_SCORES = (0,) * len(CONDITION_ATTRIBUTES)
 
 
@@ -195,7 +195,7 @@ def _own_runs(
     controls: dict[Control, Plan] = {"untrained": same}
     if len(few) > 1:
         controls["shuffled"] = list(zip(shuffle_conditions(few), few, strict=True))
-    if isinstance(config.model, HoleFilling):
+    if config.copies:
         controls["constant"] = same
     for control, plan in controls.items():
         runs.append(Run(config.control_name(control), control, scale, mark, plan))
@@ -206,6 +206,8 @@ def plan_run_samples(config: ExperimentConfig, samples: SampleSet) -> list[Plann
     """What the recipe's run is asked for, by the planner that its model needs."""
     if isinstance(config.model, HoleFilling):
         return plan_inpainting(config, samples)
+    if isinstance(config.model, LayoutGuided):
+        return plan_layouts(config, samples)
     return plan_samples(config, samples)
 
 
@@ -229,13 +231,20 @@ def _write(
         show = watch.show if watch else None
         means = None
         if any(run.role == "constant" for run in runs):
-            assert isinstance(config.model, HoleFilling)
-            means = tissue_means(samples, config.model.window_hu)
+            means = tissue_means(samples, read_facts(config.bundle_path).window_hu)
         drawn = sum(len(unit.plan) for key, unit in units.items() if key not in writing.completed)
         write_units(
             writing,
             units,
-            _Drawer(config.bundle_path, config.sampling, config.seed, means, show),
+            _Drawer(
+                config.bundle_path,
+                config.sampling,
+                config.seed,
+                samples.shape[-1],
+                means,
+                _lender(config),
+                show,
+            ),
             stage="synthesize",
             noun="shards",
             num_actors=config.sampling.num_actors,
@@ -245,6 +254,14 @@ def _write(
         )
         planned = sum(len(run.plan) for run in runs)
         return drawn, writing.publish(f"{planned} samples in {names}")
+
+
+def _lender(config: ExperimentConfig) -> Lender | None:
+    """Completes the requests of models guided by layouts."""
+    if not isinstance(config.model, LayoutGuided):
+        return None
+    path = f"samples/{config.samples.name}"
+    return Lender(path, config.model.layout_labels, config.copies)
 
 
 def _units(runs: list[Run], rows_per_shard: int) -> Iterator[tuple[str, Unit]]:
@@ -262,22 +279,26 @@ class _Drawer:
     """Draws, measures and writes a shard. Each actor has a copy, and loads the bundle once.
 
     Attributes:
+        size: pixels along a sample's side.
         tissue_means: HU of every label, for the control of models that fill holes.
+        lender: completes requests from the store; None: they are whole.
         show: looks at what was written of the recipe's own run.
     """
 
     bundle_path: Path
     sampling: SamplingConfig
     seed: int
+    size: int
     tissue_means: NDArray[np.int16] | None
+    lender: Lender | None
     show: Show | None
 
     @cached_property
-    def sampler(self) -> SliceSampler:
-        return SliceSampler(self.bundle_path, self.sampling, self.seed)
+    def sampler(self) -> BundleSampler:
+        return BundleSampler(self.bundle_path, self.sampling, self.seed, self.size)
 
     def __call__(self, root: zarr.Group, unit: Unit) -> None:
-        drawn, asked = zip(*unit.plan, strict=True)
+        drawn, asked = self._completed(root, unit.plan)
         if unit.role == "own":
             hu, measured, draws = self.sampler.draw_until_found(drawn)
         else:
@@ -304,18 +325,33 @@ class _Drawer:
             "index/accepted": np.where(is_free, np.uint8(1), found),
             "index/measured_diameter_mm": np.where(found, diameter_mm, np.float32(np.nan)),
             "index/measured_contrast_hu": np.where(found, contrast_hu, np.float32(np.nan)),
+            "index/copied_fraction": np.array(
+                [_copied(one.condition) for one in asked], np.float32
+            ),
         }
         write_rows(open_group(root, f"synthetic/{unit.run}"), unit.first_row, arrays)
         if self.show is not None and unit.role == "own":
-            box = np.array([one.condition.box or NO_BOX for one in asked], np.int16)
-            self.show(unit.first_row, hu, layout, box)
+            self.show(unit.first_row, hu, layout, _boxes(asked, hu.ndim - 1))
+
+    def _completed(
+        self, root: zarr.Group, plan: Plan
+    ) -> tuple[list[PlannedSample], list[PlannedSample]]:
+        """What samples are drawn under and recorded as, with their layouts."""
+        if self.lender is None:
+            return [drawn for drawn, _ in plan], [asked for _, asked in plan]
+        asked = [self.lender(root, one) for _, one in plan]
+        drawn = [
+            whole if one is recorded else self.lender(root, one)
+            for (one, recorded), whole in zip(plan, asked, strict=True)
+        ]
+        return drawn, asked
 
     def _draw_once(self, unit: Unit, drawn: Sequence[PlannedSample]) -> NDArray[np.int16]:
         if unit.role != "constant":
             untrained, scale = unit.role == "untrained", unit.guidance_scale
             return self.sampler.draw(drawn, untrained=untrained, guidance_scale=scale)
         assert self.tissue_means is not None
-        shape = (self.sampler.facts.samples.size,) * 2
+        shape = (self.size,) * self.sampler.facts.spatial_dims
         return np.stack([self.tissue_means[_layout(one.condition, shape)] for one in drawn])
 
 
@@ -333,8 +369,9 @@ def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
             f"bundle {config.bundle_path} is a {facts.model.family}, which draws nothing by itself:"
             " use the recipe of a diffusion model or a GAN"
         )
+    check_size(facts, samples.shape[-1])
     for what, of_bundle, of_set in (
-        ("samples of size", facts.samples.size, samples.shape[-1]),
+        ("samples of kind", facts.samples.kind, config.samples.kind),
         ("pixels of mm", round(facts.samples.pixel_mm, 6), round(samples.pixel_mm, 6)),
         ("intensity", facts.intensity, samples.attrs["intensity"]),
     ):
@@ -385,7 +422,7 @@ def _attributes(config: ExperimentConfig, samples: SampleSet, digest: str) -> di
         "sampling": config.sampling.model_dump(mode="json"),
     }
     return {
-        "kind": "slices",
+        "kind": config.samples.kind,
         "pixel_mm": samples.pixel_mm,
         "intensity": samples.attrs["intensity"],
         "cases": samples.attrs["cases"],
@@ -414,7 +451,7 @@ def _declare(
         set_index(
             group,
             {
-                "box": np.array([one.condition.box or NO_BOX for one in asked]),
+                "box": _boxes(asked, len(samples.shape)),
                 "attributes": np.array([one.condition.attributes or NO_SCORES for one in asked]),
                 "has_nodule": np.array([one.condition.box is not None for one in asked]),
                 "split": np.where(is_lent, samples.index["split"][sources], SPLITS.index("train")),
@@ -422,9 +459,14 @@ def _declare(
                 "seed": np.array([one.seed for one in asked], np.uint64),
                 "source_sample": sources,
                 "source_case": np.where(is_lent, samples.index["case"][sources], NO_SOURCE),
-                "copied_fraction": np.array([_copied(one.condition) for one in asked]),
             },
         )
+
+
+def _boxes(asked: Sequence[PlannedSample], spatial_dims: int) -> NDArray[np.int16]:
+    """Boxes (n, 2 * spatial_dims), -1 for none."""
+    none = (-1,) * (2 * spatial_dims)
+    return np.array([one.condition.box or none for one in asked], np.int16)
 
 
 def _layout(condition: Condition, shape: tuple[int, ...]) -> NDArray[Any]:

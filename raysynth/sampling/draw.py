@@ -1,4 +1,4 @@
-"""A bundle ready to draw slices: requests in, HU and measurements out. No Ray."""
+"""A bundle ready to draw slices or volumes: requests in, HU and measurements out. No Ray."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from raysynth.condition import Condition, check_condition
-from raysynth.config import SamplingConfig
+from raysynth.config import Diffusion, LayoutGuided, SamplingConfig
 from raysynth.diffusion.schedule import NoiseSchedule
 from raysynth.errors import InputError
+from raysynth.layout.holes import layout_hole
 from raysynth.models.bundle import Bundle, load_bundle, read_facts
 from raysynth.models.conditioner import collate
 from raysynth.models.denoiser import Denoiser, build_denoiser
+from raysynth.models.facts import BundleFacts
 from raysynth.models.gan import Generator, build_generator
 from raysynth.sampling.adherence import (
     NODULE_LUNG_LABELS,
@@ -27,27 +29,33 @@ from raysynth.sampling.adherence import (
 )
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 from raysynth.sampling.planner import PlannedSample
+from raysynth.sampling.tiles import TiledDenoiser
 from raysynth.seeding import seed_of
 from raysynth.window import denormalize, measurable
 
 
-class SliceSampler:
-    """Draws planned slices with one bundle under one set of sampling settings.
+class BundleSampler:
+    """Draws planned samples with one bundle under one set of sampling settings.
 
-    Networks and decoder run at one batch shape each, so that a slice's bits follow from its plan
+    Networks and decoder run at one batch shape each, so that a sample's bits follow from its plan
     alone.
     """
 
-    def __init__(self, bundle_path: Path, sampling: SamplingConfig, seed: int) -> None:
+    def __init__(
+        self, bundle_path: Path, sampling: SamplingConfig, seed: int, size: int | None = None
+    ) -> None:
         """Reads what the bundle says; its networks are loaded when something is drawn.
 
         Args:
             bundle_path: the bundle of a diffusion model or a GAN.
             sampling: sampler, steps, guidance and slots.
             seed: of the recipe; an untrained network's weights follow from it.
+            size: pixels along a sample's side; None: as those that the model was trained on.
+                Larger ones are drawn in tiles, see `check_size`.
 
         Raises:
-            InputError: no bundle there, or one of an autoencoder or extractor.
+            InputError: no bundle there, or one of an autoencoder or extractor, or a size that its
+                model cannot draw.
         """
         self.sampling = sampling
         self.seed = seed
@@ -61,6 +69,8 @@ class SliceSampler:
                 f"bundle {bundle_path} is a {self.facts.model.family}, which draws nothing by "
                 "itself: give that of a diffusion model or a GAN"
             )
+        self.size = self.facts.samples.size if size is None else size
+        check_size(self.facts, self.size)
         self._engines: dict[tuple[bool, bool], SamplingEngine] = {}
         self._generators: dict[bool, Generator] = {}
 
@@ -70,7 +80,7 @@ class SliceSampler:
         return load_bundle(self.bundle_path)
 
     def batch_shape(self, guidance_scale: float) -> int:
-        """Rows of every network call at that scale, by which a slice is reproducible."""
+        """Rows of every network call at that scale, by which a sample is reproducible."""
         if self.bundle.generator is not None:
             return self.sampling.batch_size
         return self._engine(guidance_scale).batch_shape
@@ -82,7 +92,7 @@ class SliceSampler:
         untrained: bool = False,
         guidance_scale: float | None = None,
     ) -> NDArray[np.int16]:
-        """HU of planned slices, (n, y, x), in their order.
+        """HU of planned samples, (n, *spatial), in their order.
 
         Args:
             planned: what to draw.
@@ -109,12 +119,12 @@ class SliceSampler:
     def draw_until_found(
         self, planned: Sequence[PlannedSample]
     ) -> tuple[NDArray[np.int16], list[Measurement], NDArray[np.uint8]]:
-        """Draws slices, and those without the nodule asked for again, with other noise.
+        """Draws samples, and those without the nodule asked for again, with other noise.
 
         None is drawn more than `sampling.max_draws` times; the last draw stays.
 
         Returns:
-            HU (n, y, x), what was measured, and how often each was drawn.
+            HU (n, *spatial), what was measured, and how often each was drawn.
         """
         hu = self.draw(planned)
         measured = self.measure(hu, planned)
@@ -137,7 +147,7 @@ class SliceSampler:
     def count_unrequested(
         self, hu: NDArray[np.int16], layout: NDArray[np.uint8], asked: Sequence[PlannedSample]
     ) -> NDArray[np.uint8]:
-        """Compact dense things in the lungs of every slice that were not asked for, (n,)."""
+        """Compact dense things in the lungs of every sample that were not asked for, (n,)."""
         shown = measurable(hu, self.bundle.intensity)
         counts = [
             count_unrequested(image, labels, one.condition.box, self.bundle.samples.pixel_mm)
@@ -148,10 +158,11 @@ class SliceSampler:
     def denoising(
         self, planned: PlannedSample, num_frames: int
     ) -> tuple[list[int], NDArray[np.int16]]:
-        """How one slice emerges.
+        """How one sample emerges.
 
         Returns:
-            Evenly spread steps, and the estimates of the finished slice after them, (frames, y, x).
+            Evenly spread steps, and the estimates of the finished sample after them, (frames,
+            *spatial).
         """
         scale = self.sampling.guidance_scale
         (request,) = self._requests([planned], scale)
@@ -171,7 +182,7 @@ class SliceSampler:
         return shown, hu
 
     def measure(self, hu: NDArray[np.int16], asked: Sequence[PlannedSample]) -> list[Measurement]:
-        """Looks in every slice for the nodule that was asked for; without one, for nothing.
+        """Looks in every sample for the nodule that was asked for; without one, for nothing.
 
         Of images without Hounsfield units no contrast is told.
         """
@@ -193,10 +204,16 @@ class SliceSampler:
         self, planned: Iterable[PlannedSample], guidance_scale: float
     ) -> list[SampleRequest]:
         """Checked, before anything is loaded."""
-        inside_lung = self.sampling.prior == "joint"
+        model = self.facts.model
         requests = []
         for one in planned:
-            check_condition(one.condition, self.facts.samples.size, inside_lung=inside_lung)
+            annotated = one.lent is not None and one.lent.keeps_nodules
+            inside_lung = self.sampling.prior == "joint" and not annotated
+            check_condition(
+                one.condition, self.size, self.facts.spatial_dims, inside_lung=inside_lung
+            )
+            if isinstance(model, LayoutGuided):
+                _check_layout(one, model.layout_labels)
             requests.append(
                 SampleRequest(
                     one.sample_id,
@@ -218,7 +235,9 @@ class SliceSampler:
         for start in range(0, len(planned), size):
             conditions = [one.condition for one in planned[start : start + size]]
             idle = [Condition()] * (size - len(conditions))
-            batch = collate([*conditions, *idle], bundle.samples.size).to(self.device)
+            batch = collate(
+                [*conditions, *idle], bundle.samples.size, bundle.facts.spatial_dims
+            ).to(self.device)
             made = generator(generator.encode(batch))
             images.append(made[: len(conditions), 0].float().cpu().numpy())
         return denormalize(np.concatenate(images), bundle.window_hu)
@@ -253,17 +272,58 @@ class SliceSampler:
         bundle = self.bundle
         denoiser = _fresh(bundle, self.seed) if untrained else bundle.denoiser
         assert denoiser is not None
-        config = bundle.diffusion
+        config, latent_shape = bundle.diffusion, bundle.latent_shape
+        if self.size != bundle.samples.size:
+            channels, cells, *_ = latent_shape
+            count = cells * self.size // bundle.samples.size
+            latent_shape = (channels, *(count,) * self.facts.spatial_dims)
+            denoiser = TiledDenoiser(denoiser, bundle.samples.size, cells, latent_shape[1:])
         return SamplingEngine(
             denoiser,
             NoiseSchedule.from_config(config),
             config.prediction_type,
-            bundle.latent_shape,
-            bundle.samples.size,
+            latent_shape,
+            self.size,
             self.sampling.batch_size,
+            space=bundle.space,
+            feather_px=self.sampling.feather_px,
             guided=guided,
             compiled=self.sampling.compile,
             device=self.device,
+        )
+
+
+def check_size(facts: BundleFacts, size: int) -> None:
+    """Refuses samples of a size that a bundle cannot draw.
+
+    Models that are told of layouts draw larger ones than they were trained on, tile by tile.
+
+    Raises:
+        InputError: says which sizes it can.
+    """
+    own = facts.samples.size
+    if size == own:
+        return
+    in_tiles = isinstance(facts.model, LayoutGuided) and isinstance(facts.model, Diffusion)
+    if not in_tiles:
+        raise InputError(
+            f"samples of {size} pixels a side, and a {facts.model.family} draws those that it was "
+            f"trained on, {own}: use such a sample set"
+        )
+    cell = own // facts.latent_shape[1]
+    if size < own or size % cell:
+        raise InputError(
+            f"samples of {size} pixels a side: a model trained on {own} draws {own} or more, in "
+            f"steps of {cell}"
+        )
+
+
+def _check_layout(planned: PlannedSample, organs: tuple[str, ...]) -> None:
+    layout = planned.condition.layout
+    if layout is None or not layout_hole(layout, organs).any():
+        raise InputError(
+            f"the layout of sample {planned.sample_id} shows no {' or '.join(organs)}, and this "
+            "model is told of nothing else: ask for one that does"
         )
 
 
@@ -277,12 +337,14 @@ def _fresh(bundle: Bundle, seed: int) -> Denoiser:
     """The bundle's network before any training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("untrained", seed))
-        channels, size, _ = bundle.latent_shape
-        return build_denoiser(bundle.diffusion, channels, size, bundle.tokenizer)
+        channels, size, *axes = bundle.latent_shape
+        return build_denoiser(
+            bundle.diffusion, channels, size, bundle.tokenizer, spatial_dims=1 + len(axes)
+        )
 
 
 def _fresh_generator(bundle: Bundle, seed: int) -> Generator:
     """The bundle's generator before any training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("untrained", seed))
-        return build_generator(bundle.gan, bundle.samples.size)
+        return build_generator(bundle.gan, bundle.samples.size, bundle.facts.spatial_dims)

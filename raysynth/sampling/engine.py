@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,7 +28,8 @@ from raysynth.config.sampling import SamplerName
 from raysynth.diffusion.samplers import NUM_WEIGHTS, StepTable, sampler_step, step_table
 from raysynth.diffusion.schedule import NoiseSchedule, x_0_weights
 from raysynth.errors import InputError
-from raysynth.models.conditioner import EncodedCondition, collate
+from raysynth.models.conditioner import ConditionBatch, EncodedCondition, collate
+from raysynth.models.space import Space
 
 if TYPE_CHECKING:
     from raysynth.models.denoiser import Denoiser
@@ -74,7 +75,7 @@ class FinishedSample(NamedTuple):
 
     Attributes:
         sample_id: as in the request.
-        x_0: scaled latents, or an image (c, h, w), on the engine's device.
+        x_0: scaled latents, or an image (c, *spatial), on the engine's device.
         batch_shape: rows of the network calls that made it; its bits are fixed at this shape.
     """
 
@@ -111,16 +112,20 @@ class SamplingEngine:
     _position: Tensor
     _stride: Tensor
     _encoded: EncodedCondition  # (batch_shape, ...)
+    _known: Tensor | None = None  # (slots, c, h, w): what is kept; None while no sample keeps any
+    _keep: Tensor  # (slots, 1, h, w): how much of it
 
     def __init__(
         self,
         denoiser: Denoiser,
         schedule: NoiseSchedule,
         prediction_type: PredictionType,
-        latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, ...],
         sample_size: int,
         max_slots: int,
         *,
+        space: Space | None = None,
+        feather_px: int = 0,
         guided: bool = False,
         compiled: bool = False,
         device: torch.device | str = "cpu",
@@ -131,9 +136,11 @@ class SamplingEngine:
             denoiser: the network; moved to `device` and put into evaluation mode.
             schedule: noise levels the network was trained on.
             prediction_type: what the network predicts.
-            latent_shape: (c, h, w) of what is denoised: latents, or the image itself.
+            latent_shape: (c, *latent) of what is denoised: latents, or the image itself.
             sample_size: pixels along a decoded sample's side, the grid of conditions.
             max_slots: samples a call; fixes the batch shape.
+            space: where the network works; needed by requests that know a part of their image.
+            feather_px: over how many pixels inside a hole what is known fades.
             guided: whether requests may ask for a guidance_scale other than 1.
             compiled: compile the network for its one batch shape, at the first step.
             device: where to compute.
@@ -141,9 +148,13 @@ class SamplingEngine:
         Raises:
             InputError: it shall be compiled for a CPU, and there is no C++ compiler.
         """
+        self.spatial_dims = len(latent_shape) - 1
         # Convolutions read images with their channels last without reordering them first.
+        self.memory_format = (
+            torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
+        )
         self.denoiser: Denoiser = denoiser.to(  # type: ignore[call-overload]
-            device, memory_format=torch.channels_last
+            device, memory_format=self.memory_format
         ).eval()
         self._network: Callable[..., Tensor] = self.denoiser.predict
         if compiled:
@@ -152,6 +163,7 @@ class SamplingEngine:
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.sample_size = sample_size
+        self.space, self.feather_px = space, feather_px
         self.max_slots = max_slots
         self.guided = guided
         self.device = torch.device(device)
@@ -185,7 +197,11 @@ class SamplingEngine:
                 "engine runs without guidance; make it with guided=True"
             )
         table = step_table(request.sampler, self.schedule, request.num_inference_steps)
-        condition = collate([request.condition], self.sample_size).to(self.device)
+        condition = self._collate([request.condition])
+        if request.condition.known_mask is not None and self.space is None:
+            raise InputError(
+                f"sample {request.sample_id} knows a part of its image: give the engine a space"
+            )
         encoded = self.denoiser.encode(condition)
         slot = self._courses.index(None)
         generator = torch.Generator(self.device).manual_seed(request.seed)
@@ -196,10 +212,7 @@ class SamplingEngine:
         self._put_table(slot, table)
         self._guidance[slot] = request.guidance_scale
         self._x_t[slot] = self._noise[slot].normal_(generator=generator)
-        if encoded.keep is not None and encoded.known is not None:
-            alpha, sigma = self.schedule.at(table.timesteps[0])
-            noisy = alpha * encoded.known[0] + sigma * self._noise[slot]
-            self._x_t[slot] = torch.lerp(self._noise[slot], noisy.float(), encoded.keep[0])
+        self._put_known(slot, condition, table)
         self._x_0[slot] = 0
         self._x_0_prev[slot] = 0
         return True
@@ -213,10 +226,9 @@ class SamplingEngine:
         timestep = self._timesteps[self._slots, self._position]
         p, q, *weights = self._weights[self._slots, self._position].unbind(1)
         x_0 = torch.addcmul(p * self._x_t, q, self._predict(timestep))
-        if self._encoded.keep is not None and self._encoded.known is not None:
+        if self._known is not None:
             # What is known takes part in the update, so that its noise stays that of its step.
-            slots = slice(self.max_slots)
-            x_0 = torch.lerp(x_0, self._encoded.known[slots], self._encoded.keep[slots])
+            x_0 = torch.lerp(x_0, self._known, self._keep)
         self._x_t = sampler_step(weights, self._x_t, x_0, self._x_0, self._x_0_prev, self._noise)
         self._x_0, self._x_0_prev = x_0, self._x_0
         self._position += self._stride
@@ -228,7 +240,7 @@ class SamplingEngine:
         return finished
 
     def estimates(self) -> Tensor:
-        """Each slot's estimate of x_0 after its last step, (slots, c, h, w): for previews."""
+        """Each slot's estimate of x_0 after its last step, (slots, c, *latent): for previews."""
         return self._x_0
 
     def run(self, requests: Iterable[SampleRequest]) -> Iterator[FinishedSample]:
@@ -244,13 +256,16 @@ class SamplingEngine:
             self.step()
             yield from self.retire()
 
-    def _allocate(self, latent_shape: tuple[int, int, int]) -> None:
+    def _collate(self, conditions: Sequence[Condition]) -> ConditionBatch:
+        return collate(conditions, self.sample_size, self.spatial_dims).to(self.device)
+
+    def _allocate(self, latent_shape: tuple[int, ...]) -> None:
         """The slots' state on the device. The row after the last step is the idle one: all zero."""
         slots, rows = self.max_slots, self.schedule.num_train_timesteps + 1
         axes = (1,) * len(latent_shape)
         # Generators fill memory in its order: noise stays contiguous, so that seeds mean the same.
         self._noise = torch.zeros(slots, *latent_shape, device=self.device)
-        self._x_t = self._noise.to(memory_format=torch.channels_last, copy=True)
+        self._x_t = self._noise.to(memory_format=self.memory_format, copy=True)
         self._x_0 = self._x_t.clone()
         self._x_0_prev = self._x_t.clone()
         self._guidance = torch.ones(slots, *axes, device=self.device)
@@ -259,8 +274,7 @@ class SamplingEngine:
         self._slots = torch.arange(slots, device=self.device)
         self._position = torch.full((slots,), rows - 1, device=self.device)
         self._stride = torch.zeros_like(self._position)
-        null = collate([Condition()] * self.batch_shape, self.sample_size).to(self.device)
-        encoded = self.denoiser.encode(null)
+        encoded = self.denoiser.encode(self._collate([Condition()] * self.batch_shape))
         self._encoded = EncodedCondition._make(
             None if part is None else part.clone() for part in encoded
         )
@@ -271,13 +285,32 @@ class SamplingEngine:
             if mine is not None and given is not None:
                 mine[slot] = given[0]
 
+    def _put_known(self, slot: int, condition: ConditionBatch, table: StepTable) -> None:
+        """What is kept of a new sample; its pure noise becomes that of the first level there."""
+        if condition.known_mask is None:
+            if self._known is not None:
+                self._keep[slot] = 0
+            return
+        assert self.space is not None
+        known, keep = self.space.known(condition, self.feather_px)
+        if self._known is None:
+            self._known, self._keep = (
+                torch.zeros_like(self._x_t),
+                torch.zeros_like(self._x_t[:, :1]),
+            )
+        self._known[slot], self._keep[slot] = known[0], keep[0]
+        alpha, sigma = self.schedule.at(table.timesteps[0])
+        noisy = alpha * self._known[slot] + sigma * self._noise[slot]
+        self._x_t[slot] = torch.lerp(self._noise[slot], noisy.float(), self._keep[slot])
+
     def _put_table(self, slot: int, table: StepTable) -> None:
         """Writes a slot's course, with the weights that turn predictions into x_0 before a-e."""
         steps = len(table.timesteps)
         to_x_0 = x_0_weights(self.prediction_type, *self.schedule.at(table.timesteps))
         weights = torch.cat([torch.stack(to_x_0, dim=1), table.weights], dim=1)
         self._timesteps[slot, :steps] = table.timesteps.to(self.device)
-        self._weights[slot, :steps] = weights.float().to(self.device).view(steps, -1, 1, 1, 1)
+        axes = (1,) * (self.spatial_dims + 1)
+        self._weights[slot, :steps] = weights.float().to(self.device).view(steps, -1, *axes)
         self._position[slot] = 0
         self._stride[slot] = 1
 

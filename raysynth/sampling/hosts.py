@@ -28,8 +28,8 @@ RIM_PX = 2
 MAX_TRIES = 100
 """Places tried for a donor's tissue in one host."""
 
-MAX_MEAN_SLICES = 1000
-"""Slices that are enough for the mean of a tissue."""
+MAX_MEAN_PIXELS = 2**26
+"""So many are enough for the mean of a tissue: 1,000 slices of 256 x 256."""
 
 MAX_DRAWS = 200
 """Pairs of hosts and donors tried for one sample."""
@@ -127,7 +127,7 @@ def tissue_means(samples: SampleSet, window_hu: Window) -> NDArray[np.int16]:
     What may be known of a hole without any model: filled with it, figures say what copying earns.
 
     Args:
-        samples: whose slices; `MAX_MEAN_SLICES` or a shard more are read.
+        samples: whose slices or volumes; of as many as have `MAX_MEAN_PIXELS`.
         window_hu: what a model sees. Values are clipped to it.
     """
     sums, counts = np.zeros(256), np.zeros(256)
@@ -136,15 +136,15 @@ def tissue_means(samples: SampleSet, window_hu: Window) -> NDArray[np.int16]:
     for shard in rng.permutation(samples.num_shards):
         start, stop = samples.shard_rows(int(shard))
         learned = samples.index["split"][start:stop] == SPLITS.index("train")
-        if read >= MAX_MEAN_SLICES:
+        if read >= MAX_MEAN_PIXELS:
             break
         if not learned.any():
             continue
-        labels = samples.read("layout", start, stop)[learned].ravel()
-        hu = np.clip(samples.read("hu", start, stop)[learned].ravel(), *window_hu)
-        sums += np.bincount(labels, hu, 256)
-        counts += np.bincount(labels, minlength=256)
-        read += int(learned.sum())
+        layouts, images = (samples.read(name, start, stop)[learned] for name in ("layout", "hu"))
+        for labels, hu in zip(layouts, images, strict=True):
+            sums += np.bincount(labels.ravel(), np.clip(hu, *window_hu).ravel(), 256)
+            counts += np.bincount(labels.ravel(), minlength=256)
+            read += labels.size
     return np.rint(sums / np.maximum(counts, 1)).astype(np.int16)
 
 

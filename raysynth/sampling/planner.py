@@ -8,9 +8,10 @@ keep their correlations, and keeps them inside the lung.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from raysynth.config import (
 )
 from raysynth.errors import InputError
 from raysynth.formats.lidc import SLICE_PIXELS, LidcRecord
-from raysynth.layout.propose import admissible_centres, place_nodule
+from raysynth.layout.propose import admissible_centres, place_nodule, without_nodules
 from raysynth.models.bundle import load_tokenizer
 from raysynth.models.text import clip_tokens, tokenize
 from raysynth.prompt import NO_NODULE, PLACES, write_prompt
@@ -44,6 +45,31 @@ MAX_DRAWS = 200
 """Redraws before a plan gives up: reached only where no lung can hold any nodule."""
 
 
+class Ball(NamedTuple):
+    """A nodule to be put into a layout: its middle and radius in pixels."""
+
+    centre: tuple[int, ...]
+    radius: float
+
+
+@dataclass(frozen=True)
+class Lent:
+    """How a layout comes from that of the sample that lends it.
+
+    Attributes:
+        keeps_nodules: whether the nodules there stay; else lung is in their place.
+        ball: a nodule that is put in.
+    """
+
+    keeps_nodules: bool
+    ball: Ball | None = None
+
+    def layout(self, own: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The layout asked for, from the lender's own."""
+        layout = own if self.keeps_nodules else without_nodules(own)
+        return layout if self.ball is None else place_nodule(layout, *self.ball)
+
+
 @dataclass(frozen=True)
 class PlannedSample:
     """One sample of a run.
@@ -53,12 +79,14 @@ class PlannedSample:
         condition: layout, box and attributes asked for; the layout alone of one without nodule; of
             a text model a prompt, and in crops around nodules the box.
         source_sample: row of the real sample that lends its layout; -1: none.
+        lent: how it does, where the condition is to be completed from the store; None: it is whole.
     """
 
     sample_id: str
     seed: int
     condition: Condition
     source_sample: int
+    lent: Lent | None = None
 
     def redrawn(self, count: int) -> PlannedSample:
         """The same request for the `count`-th draw: other noise."""
@@ -97,8 +125,8 @@ def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSa
     prior_of = _priors(config, samples, anatomies)
     plan = []
     for number in range(config.sampling.num_samples):
-        turn = _turn(config, number)
-        if _is_nodule_free(turn.series, config.sampling.nodule_free):
+        turn = Turn.of(config, number)
+        if is_nodule_free(turn.series, config.sampling.nodule_free):
             source = int(turn.rng.integers(len(anatomies)))
             condition = Condition(anatomies[source])
         else:
@@ -109,7 +137,7 @@ def plan_samples(config: ExperimentConfig, samples: SampleSet) -> list[PlannedSa
 
 def _priors(
     config: ExperimentConfig, samples: SampleSet, anatomies: list[NDArray[np.uint8]]
-) -> Callable[[_Turn], Prior]:
+) -> Callable[[Turn], Prior]:
     """The recipe's prior for each sample."""
     if config.sampling.prior == "independent":
         boxes = _training_boxes(samples)
@@ -122,7 +150,7 @@ def _priors(
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
     """What decides one sample of a plan.
 
     Attributes:
@@ -147,20 +175,21 @@ class _Turn:
         column, value = self.changed
         return record, (*scores[:column], value, *scores[column + 1 :])
 
-
-def _turn(config: ExperimentConfig, number: int) -> _Turn:
-    series, changed = number, None
-    for name, values in config.sampling.counterfactual.items():
-        series, place = divmod(number, len(values))
-        changed = ATTRIBUTES.index(name), values[place]
-    first = f"{config.name}-{series:08d}"
-    return _Turn(
-        f"{config.name}-{number:08d}",
-        series,
-        seed_of("sample", config.seed, first),
-        np.random.default_rng(seed_of("plan", config.seed, series)),
-        changed,
-    )
+    @classmethod
+    def of(cls, config: ExperimentConfig, number: int) -> Turn:
+        """What decides sample `number` of a recipe's plan."""
+        series, changed = number, None
+        for name, values in config.sampling.counterfactual.items():
+            series, place = divmod(number, len(values))
+            changed = ATTRIBUTES.index(name), values[place]
+        first = f"{config.name}-{series:08d}"
+        return cls(
+            f"{config.name}-{number:08d}",
+            series,
+            seed_of("sample", config.seed, first),
+            np.random.default_rng(seed_of("plan", config.seed, series)),
+            changed,
+        )
 
 
 def _plan_prompts(config: ExperimentConfig) -> list[PlannedSample]:
@@ -169,10 +198,10 @@ def _plan_prompts(config: ExperimentConfig) -> list[PlannedSample]:
     strata = plan_strata(config.sampling.cohort, config.slices.min_nodule_mm)
     plan = []
     for number in range(config.sampling.num_samples):
-        turn = _turn(config, number)
+        turn = Turn.of(config, number)
         if prompts:
             condition = Condition(text=prompts[number % len(prompts)])
-        elif _is_nodule_free(turn.series, config.sampling.nodule_free):
+        elif is_nodule_free(turn.series, config.sampling.nodule_free):
             condition = Condition(text=NO_NODULE)
         else:
             record, scores = turn.draw_nodule(strata.of(turn.series), turn.rng)
@@ -199,15 +228,15 @@ def _described(
     place = PLACES[Label.LEFT_LUNG if record.centre_zyx[2] > middle else Label.RIGHT_LUNG]
     box = None
     if samples.centre == "nodule":
-        share = _section(rng) if samples.nodule_slices == "all" else 1.0
+        share = section(rng) if samples.nodule_slices == "all" else 1.0
         side = max(2, round(record.diameter_mm * share / samples.pixel_mm))
-        box = _square_around(((samples.size - 1) / 2,) * 2, side, samples.size)
+        box = box_around(((samples.size - 1) / 2,) * 2, side, samples.size)
     attributes = tuple(int(scores[column]) for column in CONDITION_COLUMNS)
     text = write_prompt(scores, record.diameter_mm, place)
     return Condition(box=box, attributes=attributes, text=text)
 
 
-def _is_nodule_free(number: int, share: float) -> bool:
+def is_nodule_free(number: int, share: float) -> bool:
     """Spreads the share evenly over all numbers: of the first n, n * share, rounded down."""
     return int((number + 1) * share) > int(number * share)
 
@@ -218,7 +247,7 @@ def shuffle_conditions(plan: list[PlannedSample]) -> list[PlannedSample]:
     order = np.random.default_rng(seed_of("shuffle", len(plan))).permutation(len(plan))
     others = dict(zip(order, np.roll(order, 1), strict=True))
     return [
-        replace(planned, condition=plan[others[number]].condition)
+        replace(plan[others[number]], sample_id=planned.sample_id, seed=planned.seed)
         for number, planned in enumerate(plan)
     ]
 
@@ -226,20 +255,6 @@ def shuffle_conditions(plan: list[PlannedSample]) -> list[PlannedSample]:
 def pair_conditions(plan: list[PlannedSample], count: int) -> list[PlannedSample]:
     """The first requests of a plan, each followed by its twin: `count` samples, or one less."""
     return [one for asked in plan[: count // 2] for one in (asked, asked.twin())]
-
-
-def without_nodules(layout: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A layout whose nodule pixels carry the label of the nearest lung."""
-    nodule = layout == Label.NODULE
-    if not nodule.any():
-        return layout
-    from scipy.ndimage import distance_transform_edt
-
-    lung = np.isin(layout, LUNG_LABELS)
-    if not lung.any():
-        return np.where(nodule, np.uint8(Label.BODY), layout)
-    nearest = distance_transform_edt(~lung, return_distances=False, return_indices=True)
-    return np.where(nodule, layout[tuple(nearest)], layout)
 
 
 def joint_prior(
@@ -263,7 +278,7 @@ def joint_prior(
     def draw(rng: np.random.Generator) -> Drawn | None:
         record, scores = draw_nodule(rng)
         source = int(rng.integers(len(anatomies)))
-        diameter_mm = record.diameter_mm * (_section(rng) if all_planes else 1.0)
+        diameter_mm = record.diameter_mm * (section(rng) if all_planes else 1.0)
         radius = diameter_mm / 2 / pixel_mm
         # A crop's own nodule was in its middle, and is so again, however near the pleura.
         admissible = admissible_centres(anatomies[source], radius, juxtapleural=crops)
@@ -271,10 +286,10 @@ def joint_prior(
             admissible &= middle
         if not admissible.any():
             return None
-        centre = _place_near(record, admissible, pixel_mm, rng)
+        centre = place_near(record, admissible, pixel_mm, rng)
         layout = place_nodule(anatomies[source], centre, radius)
         attributes = tuple(int(scores[column]) for column in CONDITION_COLUMNS)
-        box = _square_around(centre, max(2, round(2 * radius)), layout.shape[0])
+        box = box_around(centre, max(2, round(2 * radius)), layout.shape[0])
         return source, Condition(layout, box, attributes), diameter_mm
 
     return draw
@@ -301,7 +316,7 @@ def independent_prior(
         source = int(rng.integers(len(anatomies)))
         centre = np.unravel_index(rng.choice(presence.size, p=presence.ravel()), presence.shape)
         side = int(rng.choice(sides))
-        box = _square_around((int(centre[0]), int(centre[1])), side, size)
+        box = box_around((int(centre[0]), int(centre[1])), side, size)
         attributes = tuple(int(score) for score in rng.integers(1, 6, len(CONDITION_COLUMNS)))
         condition = Condition(anatomies[source], box, attributes)
         return source, condition, side * pixel_mm
@@ -354,32 +369,35 @@ def _draw_until_it_fits(prior: Prior, rng: np.random.Generator) -> Drawn:
     )
 
 
-def _section(rng: np.random.Generator) -> float:
+def section(rng: np.random.Generator) -> float:
     """Diameter of a ball's section by a plane at a random height, as a share of the ball's."""
     return float(np.sqrt(1 - rng.uniform() ** 2))
 
 
-def _place_near(
+def place_near(
     record: LidcRecord,
     admissible: NDArray[np.bool_],
     pixel_mm: float,
     rng: np.random.Generator,
-) -> tuple[int, int]:
-    """An admissible pixel, likelier the nearer to where the record's nodule was in its slice."""
+) -> tuple[int, ...]:
+    """An admissible pixel, likelier the nearer to where the record's nodule was in its slice.
+
+    In volumes every plane is as likely: how high in the lungs the nodule was is not on record.
+    """
     slice_middle = (SLICE_PIXELS - 1) / 2
     offset_mm = (np.array(record.centre_zyx[1:]) - slice_middle) * record.spacing_mm[1:]
-    wanted = (np.array(admissible.shape) - 1) / 2 + offset_mm / pixel_mm
+    wanted = (np.array(admissible.shape[-2:]) - 1) / 2 + offset_mm / pixel_mm
     pixels = np.argwhere(admissible)
-    distance_mm = np.linalg.norm(pixels - wanted, axis=1) * pixel_mm
+    distance_mm = np.linalg.norm(pixels[:, -2:] - wanted, axis=1) * pixel_mm
     # Shifting by the smallest keeps the weights from all underflowing to zero.
     exponent = -0.5 * (distance_mm / PLACE_SIGMA_MM) ** 2
     weight = np.exp(exponent - exponent.max())
-    y, x = pixels[rng.choice(len(pixels), p=weight / weight.sum())]
-    return int(y), int(x)
+    chosen = pixels[rng.choice(len(pixels), p=weight / weight.sum())]
+    return tuple(chosen.tolist())
 
 
-def _square_around(centre: tuple[float, float], side: int, size: int) -> Box:
-    """A square box of `side` pixels around a centre, moved (not cut) to stay inside the image."""
+def box_around(centre: Sequence[float], side: int, size: int) -> Box:
+    """A box of `side` pixels a side around a centre, moved (not cut) to stay inside the image."""
     side = min(side, size)
-    y0, x0 = (min(max(0, round(c - (side - 1) / 2)), size - side) for c in centre)
-    return y0, x0, y0 + side, x0 + side
+    first = tuple(min(max(0, round(c - (side - 1) / 2)), size - side) for c in centre)
+    return *first, *(corner + side for corner in first)

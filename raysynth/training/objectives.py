@@ -110,7 +110,7 @@ class AutoencoderObjective:
         Args:
             autoencoder: what is trained.
             window_hu: HU of -1 and 1.
-            latent_shape: of one sample, (c, h, w).
+            latent_shape: of one sample, (c, *latent).
             seed: the recipe's.
         """
         self.module = autoencoder
@@ -201,7 +201,7 @@ class DiffusionObjective:
         return _grid([self.space.images(one) for one in (x_0, guess)])
 
     def _x_0(self, batch: Batch, device: torch.device) -> Tensor:
-        """What is denoised, (B, c, h, w)."""
+        """What is denoised, (B, c, *latent)."""
         return self.space.x_0(torch.from_numpy(batch[self.space.column]).to(device))
 
     def _condition(self, batch: Batch, reader: NDArray[np.float32]) -> ConditionBatch:
@@ -334,7 +334,7 @@ def condition_of(batch: Batch, reader: NDArray[np.float32]) -> ConditionBatch:
     """The conditions of training samples, with the scores of one reader of each.
 
     Args:
-        batch: `layout` (B, *spatial), `box` (B, 4) and `ratings` (B, 4, 9).
+        batch: `layout` (B, *spatial), `box` (B, 2 * spatial_dims) and `ratings` (B, 4, 9).
         reader: a number in [0, 1) a sample; it picks among the readers who are there.
     """
     return ConditionBatch(
@@ -376,6 +376,10 @@ def _scores(batch: Batch, reader: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _grid(rows: list[Tensor]) -> Tensor:
-    """Rows of images (B, 1, h, w) in [-1, 1] as one picture (1, rows * h, B * w) in [0, 1]."""
-    lines = [torch.cat(list(images.float().cpu()), dim=2) for images in rows]
+    """Rows of images (B, 1, h, w) in [-1, 1] as one picture (1, rows * h, B * w) in [0, 1].
+
+    Of volumes (B, 1, d, h, w) the middle planes.
+    """
+    planes = [images[:, :, images.shape[2] // 2] if images.ndim == 5 else images for images in rows]
+    lines = [torch.cat(list(images.float().cpu()), dim=2) for images in planes]
     return ((torch.cat(lines, dim=1) + 1) / 2).clamp(0, 1)

@@ -271,43 +271,44 @@ def build_objective(
     Its weights are pretrained, or follow from the seed alone; only a codebook follows from the
     first training samples, too.
     """
-    model = config.model
+    model, spatial_dims = config.model, len(config.samples.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", config.seed))
         if isinstance(model, Gan):
-            adversaries = build_adversaries(model, config.samples.size)
+            adversaries = build_adversaries(model, config.samples.size, spatial_dims)
             return AdversarialObjective(adversaries, config=model, seed=config.seed)
         if isinstance(model, ExtractorConfig):
             return SelfTaughtObjective(SelfTaughtEncoder(model), model.window_hu, config.seed)
         if not isinstance(model, Diffusion):
             cells = config.samples.size // model.downsampling
-            shape = (model.latent_channels, cells, cells)
+            shape = (model.latent_channels, *(cells,) * spatial_dims)
             autoencoder: Autoencoder
             if isinstance(model, PretrainedAutoencoderConfig):
                 autoencoder = pretrained_autoencoder(model)
             else:
-                autoencoder = build_autoencoder(model)
+                autoencoder = build_autoencoder(model, spatial_dims)
             if isinstance(model, VQVAEConfig):
                 assert isinstance(autoencoder, VQAutoencoder)
                 hu = _first_training_slices(samples, NUM_CODE_SLICES)
                 autoencoder.spread_codes(torch.from_numpy(normalize(hu, model.window_hu)[:, None]))
             trained: Autoencoder | AutoencoderAdversaries = autoencoder
             if isinstance(model, AutoencoderKLConfig | VQVAEConfig) and model.adversarial_weight:
-                trained = AutoencoderAdversaries(autoencoder, model)
+                trained = AutoencoderAdversaries(autoencoder, model, spatial_dims)
             return AutoencoderObjective(trained, model.window_hu, shape, config.seed)
         space: Space
         if isinstance(model, OfLatents):
             assert latents is not None
-            channels, size, _ = latents.shape
+            channels, size, *_ = latents.shape
             if isinstance(model, StableDiffusionConfig):
                 denoiser: Denoiser = pretrained_denoiser(model)
             else:
-                denoiser = build_denoiser(model, channels, size)
-            decoder = load_bundle(config.autoencoder_path).autoencoder
-            assert decoder is not None
-            space = LatentSpace(decoder, latents.attrs["latent_scale"])
+                denoiser = build_denoiser(model, channels, size, spatial_dims=spatial_dims)
+            bundle = load_bundle(config.autoencoder_path)
+            assert bundle.autoencoder is not None
+            scale = latents.attrs["latent_scale"]
+            space = LatentSpace(bundle.autoencoder, scale, bundle.window_hu)
         else:
-            denoiser = build_denoiser(model, 1, config.samples.size)
+            denoiser = build_denoiser(model, 1, config.samples.size, spatial_dims=spatial_dims)
             space = PixelSpace(model.window_hu)
         return DiffusionObjective(denoiser, space, config=model, seed=config.seed)
 

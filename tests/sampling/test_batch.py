@@ -16,7 +16,7 @@ from raysynth.case import Label
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
 from raysynth.sampling.batch import synthesize
-from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.planner import plan_samples
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_repository, open_root
@@ -95,7 +95,7 @@ def test_controls_are_recorded_as_asked_and_drawn_otherwise(drawn: ExperimentCon
 
 def test_a_sample_drawn_alone_has_the_same_bits(drawn: ExperimentConfig) -> None:
     plan = plan_samples(drawn, _set(drawn, "samples/slices"))
-    sampler = SliceSampler(drawn.bundle_path, drawn.sampling, drawn.seed)
+    sampler = BundleSampler(drawn.bundle_path, drawn.sampling, drawn.seed)
     alone = sampler.draw([plan[66], plan[3]])
     assert np.array_equal(alone, _set(drawn, "synthetic/tiny").read("hu")[[66, 3]])
 
@@ -106,7 +106,7 @@ def test_what_is_not_found_is_drawn_again_from_another_seed(drawn: ExperimentCon
     plan = plan_samples(drawn, _set(drawn, "samples/slices"))
     free = next(one for one in plan if one.condition.box is None)
     planned = [plan[0], free, plan[1]]
-    sampler = SliceSampler(drawn.bundle_path, sampling, drawn.seed)
+    sampler = BundleSampler(drawn.bundle_path, sampling, drawn.seed)
     hu, measured, draws = sampler.draw_until_found(planned)
     assert not any(one.found for one in measured)
     assert draws.tolist() == [3, 1, 3]

@@ -14,6 +14,7 @@ from raysynth.diffusion.schedule import build_schedule
 from raysynth.errors import InputError
 from raysynth.models.conditioner import collate
 from raysynth.models.denoiser import Denoiser, build_denoiser
+from raysynth.models.space import PixelSpace
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 from raysynth.window import normalize
 
@@ -48,7 +49,10 @@ def engine(
     prediction_type: PredictionType = "epsilon",
 ) -> SamplingEngine:
     schedule, shape = build_schedule(schedule_name), (1, SIZE, SIZE)
-    return SamplingEngine(denoiser, schedule, prediction_type, shape, SIZE, 3, guided=guided)
+    space = PixelSpace(WINDOW)
+    return SamplingEngine(
+        denoiser, schedule, prediction_type, shape, SIZE, 3, space=space, guided=guided
+    )
 
 
 def request(sampler: SamplerName, hole: np.ndarray, guidance_scale: float = 1.0) -> SampleRequest:

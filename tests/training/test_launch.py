@@ -19,7 +19,7 @@ from raysynth.config import ExperimentConfig
 from raysynth.data.encode import encode
 from raysynth.errors import InputError
 from raysynth.models.bundle import load_bundle
-from raysynth.sampling.draw import SliceSampler
+from raysynth.sampling.draw import BundleSampler
 from raysynth.training.history import History, read_history
 from raysynth.training.launch import _ray_worker, train
 from tests.store.conftest import make_store
@@ -63,7 +63,7 @@ def test_an_extractor_neither_draws_nor_encodes(trained: Path) -> None:
     config = recipe(trained, "no_latents", EXTRACTOR)
     train(config)
     with pytest.raises(InputError, match="no_latents is a extractor, which draws nothing"):
-        SliceSampler(config.bundle_path, config.sampling, seed=0)
+        BundleSampler(config.bundle_path, config.sampling, seed=0)
     latent = recipe(trained, "ldm_of_it", DIFFUSION | {"autoencoder": "bundles/no_latents"})
     with pytest.raises(InputError, match="no_latents is a extractor, which has no latents"):
         train(latent)

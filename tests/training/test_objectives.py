@@ -50,7 +50,7 @@ def diffusion() -> DiffusionObjective:
     denoiser = build_denoiser(config, 2, 8)
     for parameter in denoiser.parameters():  # the last layers start at zero: nothing would show
         torch.nn.init.normal_(parameter, std=0.05)
-    space = LatentSpace(build_autoencoder(MODEL).eval(), 0.7)
+    space = LatentSpace(build_autoencoder(MODEL).eval(), 0.7, (-1000, 400))
     return DiffusionObjective(denoiser, space, config=config, seed=3)
 
 
@@ -132,7 +132,7 @@ def test_pixels_are_denoised_in_their_window() -> None:
 )
 def test_the_configured_loss_is_minimised(change: dict[str, Any], ratio: float | None) -> None:
     config = LatentDiffusionConfig.model_validate(DIFFUSION | change)
-    space = LatentSpace(build_autoencoder(MODEL).eval(), 0.7)
+    space = LatentSpace(build_autoencoder(MODEL).eval(), 0.7, (-1000, 400))
     objective = DiffusionObjective(build_denoiser(config, 2, 8), space, config=config, seed=3)
     batch = diffusion_batch(64)
     if config.prediction_type == "flow":

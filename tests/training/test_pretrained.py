@@ -60,7 +60,8 @@ class LatentStream:
 
 def tuned(path: Path, config: StableDiffusionConfig, seen: int, **changes: Any) -> Outcome:
     torch.manual_seed(0)
-    space = LatentSpace(build_autoencoder(MODEL.model_copy(update={"latent_channels": 4})), 0.18)
+    autoencoder = build_autoencoder(MODEL.model_copy(update={"latent_channels": 4}))
+    space = LatentSpace(autoencoder, 0.18, MODEL.window_hu)
     objective = DiffusionObjective(pretrained_denoiser(config), space, config=config, seed=0)
     assert objective.schedule.num_train_timesteps == config.num_train_timesteps
     training = tiny_config(max_seen_samples=seen, micro_batch_size=4, **changes)
