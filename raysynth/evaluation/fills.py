@@ -18,7 +18,7 @@ from raysynth.errors import InputError
 from raysynth.evaluation.intervals import LEVEL, MIN_PATIENTS, Interval
 from raysynth.evaluation.measure import Computed
 from raysynth.evaluation.regions import MASKED, made_whole
-from raysynth.layout.holes import labels_of, organ_hole
+from raysynth.layout.holes import channels_of, organ_hole
 from raysynth.layout.morphology import Mask
 from raysynth.metrics.image import PairedError
 from raysynth.metrics.similarity import PairedSimilarity
@@ -76,8 +76,9 @@ class LayoutHoles:
 
     Attributes:
         made_of: labels of the layouts that the model is told.
-        keeps: all other pixels are the host's; else all were made, and what lies outside the labels
-            is compared with the host for comparison's sake.
+        keeps: all pixels are the host's but those where its layout or the one asked for has these
+            labels: a nodule that gave way was made anew as lung. Else all were made, and what lies
+            outside is compared with the host for comparison's sake.
         hosts: the real sample set.
     """
 
@@ -86,7 +87,7 @@ class LayoutHoles:
     hosts: SampleSet
 
     def of(self, layout: NDArray[np.uint8], start: int) -> Mask | None:
-        """What was made in rows with these layouts."""
+        """What was made in rows with these layouts, for what the layouts themselves show."""
         if self.keeps:
             return organ_hole(layout, self.made_of)
         return np.ones(layout.shape, bool)
@@ -104,11 +105,13 @@ class LayoutHoles:
             shards = hosts[start:stop] // self.hosts.rows_per_shard
             for of_host in np.unique(shards):
                 first, last = self.hosts.shard_rows(int(of_host))
-                known_hu = self.hosts.read("hu", first, last)
+                known_hu, own = (self.hosts.read(name, first, last) for name in ("hu", "layout"))
                 rows = start + np.flatnonzero(shards == of_host)
                 for some in np.split(rows, range(block, len(rows), block)):
-                    inside = organ_hole(layout[some - start], self.made_of)
-                    yield some, hu[some - start], inside, known_hu[hosts[some] - first]
+                    lent = hosts[some] - first
+                    layouts = layout[some - start], own[lent]
+                    asked, given = (organ_hole(one, self.made_of) for one in layouts)
+                    yield some, hu[some - start], asked | given, known_hu[lent]
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,9 @@ class FillQuality:
             it shows; less: it is blurred.
         seam_interval: 95 %, bootstrap of patients (of samples where they are few).
         errors: against the host's own pixels, `inside` the holes (of models guided by layouts,
-            inside the labels they are told), `outside` and of the `whole`. The host's tissue is one
-            of many that would fit: the mean of all has the least error, and is the worst picture.
+            inside the labels they are told, of host or request), `outside` and of the `whole`. The
+            host's tissue is one of many that would fit: the mean of all has the least error, and is
+            the worst picture.
         ssim: of the whole samples, most of which are copied.
         copied_fraction: mean share of a sample's pixels that are the host's by construction.
     """
@@ -172,7 +176,8 @@ def holes_of(
             f"synthetic/{config.name} has samples on nobody's layout, which {model.family} does "
             "not draw: draw another run"
         )
-    return LayoutHoles(tuple(labels_of(model.layout_labels)), config.copies, real)
+    told = [label for labels in channels_of(model.layout_labels) for label in labels]
+    return LayoutHoles(tuple(told), config.copies, real)
 
 
 def read_holes(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> Holes:

@@ -24,7 +24,7 @@ from raysynth.evaluation.scorecard import card_table, figure_text, headline, sco
 from raysynth.evaluation.sets import space_of
 from raysynth.evaluation.sweep_report import sweep_section
 from raysynth.evaluation.volume_pictures import compared_tiles, planes_tile, scrolls
-from raysynth.layout.holes import labels_of, organ_hole
+from raysynth.layout.holes import layout_hole
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION, BundleFacts
 from raysynth.progress import stage_seconds
@@ -280,8 +280,9 @@ def _first_of(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -
     asked = Condition(layout, box, scores, prompt)
     if config.copies:
         assert isinstance(config.model, LayoutGuided)
-        known = ~organ_hole(layout, labels_of(config.model.layout_labels))
-        asked = replace(asked, known_hu=_image(real, source)[0], known_mask=known)
+        known_hu, own, _ = _image(real, source)
+        made = [layout_hole(one, config.model.layout_labels) for one in (layout, own)]
+        asked = replace(asked, known_hu=known_hu, known_mask=~np.logical_or(*made))
     first = PlannedSample("first", seed, asked, source)
     draws = int(synthetic.index["draws"][0])
     return first.redrawn(draws) if draws > 1 else first
@@ -306,7 +307,7 @@ def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: Sampl
             "num_inference_steps": min(config.sampling.num_inference_steps, MAX_STEPS),
         }
     )
-    sampler = BundleSampler(config.bundle_path, sampling, config.seed)
+    sampler = BundleSampler(config.bundle_path, sampling, config.seed, real.shape[-1])
     steps, frames = sampler.denoising(first, NUM_FRAMES)
     return [
         Tile(frame, None, first.condition.box, f"step {step}")

@@ -152,6 +152,29 @@ def test_errors_of_volumes_against_the_hosts_of_their_layouts(tmp_path: Path) ->
     assert drawn_whole.copied_fraction == 0
 
 
+def test_a_host_nodule_that_gave_way_was_made_too(tmp_path: Path) -> None:
+    """A model that is told of nodules alone draws lung where the host's was: that is no fault."""
+    url = str(tmp_path / "store")
+
+    def write(root: zarr.Group) -> None:
+        _write_volumes(root)
+        host = np.zeros((5, *[SIDE] * 3), np.uint8)
+        host[:, :2] = Label.NODULE
+        write_rows(open_group(root, "samples/patches"), 0, {"layout": host})
+
+    with StoreRun(url, verb="test", fingerprint="f" * 12) as run:
+        run.declare(write, "volumes")
+        run.publish("volumes")
+    root = open_root(url)
+    real, drawn = (
+        SampleSet(open_group(root, path)) for path in ("samples/patches", "synthetic/volumes")
+    )
+    holes = LayoutHoles((Label.NODULE,), True, real)
+    found = fill_quality(drawn, holes, np.arange(3), (-1000.0, 400.0))
+    assert found.known == 3 * (SIDE - 2) * SIDE**2
+    assert found.errors["inside"].mse_hu2 == 2**2
+
+
 def test_what_was_made_follows_from_the_layout() -> None:
     holes = LayoutHoles((Label.RIGHT_LUNG,), True, None)  # type: ignore[arg-type]
     assert np.array_equal(holes.of(LAYOUT, 0), LAYOUT == Label.RIGHT_LUNG)
