@@ -394,7 +394,7 @@ def _counts(found: dict[str, Any], reference: str) -> dict[str, str]:
     for name, text in {"synthetic": "synthetic", "real": reference}.items():
         if name in found["unrequested"]:
             rows[f"compact dense things beside it in the lungs, {text} (mostly vessels)"] = (
-                f"{_mean(found['unrequested'][name])} a slice"
+                f"{_mean(found['unrequested'][name])} a sample"
             )
     if found["draws"]["mean"] > 1:
         rows["draws of a sample until the nodule was found"] = _mean(found["draws"])
