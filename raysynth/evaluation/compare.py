@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from raysynth.config import ExperimentConfig
+import zarr
+
+from raysynth.config import ExperimentConfig, LayoutGuided
 from raysynth.errors import InputError
-from raysynth.evaluation.regions import GENERATED
+from raysynth.evaluation.regions import is_generated
 from raysynth.evaluation.report import (
     display_window,
     fill_texts,
@@ -27,6 +29,7 @@ from raysynth.report.html import ComparisonPage, write_comparison
 from raysynth.report.pictures import DISPLAY_WINDOW_HU
 from raysynth.sampling.batch import plan_run_samples
 from raysynth.sampling.draw import BundleSampler
+from raysynth.sampling.layouts import Lender
 from raysynth.sampling.planner import PlannedSample
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
@@ -122,7 +125,7 @@ def compare(configs: Sequence[ExperimentConfig]) -> Comparison:
     first = configs[0]
     root = open_root(first.store_url)
     real = SampleSet(open_group(root, f"samples/{first.samples.name}"))
-    contenders = [_contender(config, real) for config in configs]
+    contenders = [_contender(config, root, real) for config in configs]
     verdicts = [verdict(one, other) for one, other in combinations(contenders, 2)]
     folder = first.work_dir / "evaluation"
     page, path = folder / PAGE, folder / FIGURES
@@ -235,14 +238,14 @@ def _shared_keys(contenders: Sequence[Contender]) -> list[str]:
         key=lambda key: ("neighbour" in metrics[key]["columns"], int(key.split("/")[-1])),
     ):
         best[key.rpartition("/")[0]] = key
-    return sorted(best.values(), key=lambda key: (f"/{GENERATED}" not in key, key))
+    return sorted(best.values(), key=lambda key: (not is_generated(key.split("/")[2]), key))
 
 
 def _region(key: str) -> str:
     return key.split("/")[2].replace("_", " ")
 
 
-def _contender(config: ExperimentConfig, samples: SampleSet) -> Contender:
+def _contender(config: ExperimentConfig, root: zarr.Group, samples: SampleSet) -> Contender:
     import ray
 
     path = config.work_dir / "evaluation" / f"{config.name}.json"
@@ -250,13 +253,17 @@ def _contender(config: ExperimentConfig, samples: SampleSet) -> Contender:
     size = config.sampling.batch_size
     few = config.sampling.model_copy(update={"num_samples": size})
     planned = plan_run_samples(config.model_copy(update={"sampling": few}), samples)
+    if isinstance(config.model, LayoutGuided):
+        of_set = f"samples/{config.samples.name}"
+        lender = Lender(of_set, config.model.layout_labels, config.copies)
+        planned = [lender(root, one) for one in planned]
     # A process of its own, which has planned nothing: its peak of memory is that of drawing.
     task = ray.remote(
         num_cpus=config.sampling.threads_per_actor,
         num_gpus=int(config.sampling.use_gpu),
         max_calls=1,
     )(_draw_a_batch)
-    seconds, memory_mib = ray.get(task.remote(config, planned))
+    seconds, memory_mib = ray.get(task.remote(config, planned, samples.shape[-1]))
     bundle = load_bundle(config.bundle_path)
     networks = (bundle.autoencoder, bundle.denoiser, bundle.generator)
     return Contender(
@@ -275,12 +282,12 @@ def _contender(config: ExperimentConfig, samples: SampleSet) -> Contender:
 
 
 def _draw_a_batch(
-    config: ExperimentConfig, planned: Sequence[PlannedSample]
+    config: ExperimentConfig, planned: Sequence[PlannedSample], size: int
 ) -> tuple[float, float]:
     """Seconds an image of a full batch after a first one, and the process's peak in MiB."""
     import torch
 
-    sampler = BundleSampler(config.bundle_path, config.sampling, config.seed)
+    sampler = BundleSampler(config.bundle_path, config.sampling, config.seed, size)
     sampler.draw(planned)
     started = time.monotonic()
     sampler.draw(planned)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.config import ExperimentConfig, HoleFilling
+from raysynth.config import ExperimentConfig, HoleFilling, LayoutGuided
 from raysynth.evaluation.fills import with_generated
 from raysynth.evaluation.intervals import Arm
-from raysynth.evaluation.judge import PASTED, Arms, MetricResult, judge
+from raysynth.evaluation.judge import DISTANCES, PASTED, Arms, MetricResult, judge
 from raysynth.evaluation.measure import Computed, Place
 from raysynth.evaluation.references import neighbour_pairs, next_to
+from raysynth.evaluation.sets import space_of
 from raysynth.store.reader import SampleSet
 
 
@@ -39,9 +40,10 @@ def judge_places(
 
     fills = isinstance(config.model, HoleFilling)
     shown = dict(computed)
-    if fills:
-        shown["real"] = with_generated(shown["real"])
-    elif (sets["synthetic"].index["box"] < 0).any():
+    if isinstance(config.model, HoleFilling | LayoutGuided):
+        made_by_nobody = shown.keys() & {"real", PASTED}
+        shown |= {name: with_generated(shown[name]) for name in made_by_nobody}
+    if not fills and _are_mixed(sets["synthetic"]):
         boxed = {name: samples.index["box"][:, 0] >= 0 for name, samples in sets.items()}
         boxed[PASTED] = np.ones(len(patients.get(PASTED, ())), bool)
         shown = {name: found | _by_nodule(found, boxed[name]) for name, found in shown.items()}
@@ -51,6 +53,7 @@ def judge_places(
         return Arm(features, patients[name][rows])
 
     task = ray.remote(num_cpus=1)(judge)
+    space = space_of(sets["real"])
     futures = []
     for place, (rows, _) in shown["real"].items():
         judged = {
@@ -62,15 +65,23 @@ def judge_places(
         if fills:
             # The reference leaves these out, so they compare with it as everything else does.
             judged["neighbour"] = real.take(next_to(rows, sets["real"], is_reference))
-        else:
+        elif space == "slice":
             first, after = neighbour_pairs(rows, sets["real"], is_reference)
             neighbours = real.take(first), real.take(after)
         arms = Arms(real, real.take(is_reference[rows]), judged, neighbours)
-        futures.append(task.remote(place, arms, config.evaluation.num_bootstrap, config.seed))
+        draws, seed = config.evaluation.num_bootstrap, config.seed
+        asked = place, arms, draws, seed, DISTANCES, space
+        futures.append(task.remote(*asked))  # type: ignore[call-arg]  # Ray forgets the defaults
     results: dict[str, MetricResult] = {}
     for future in futures:
         results.update(**ray.get(future))
     return results
+
+
+def _are_mixed(samples: SampleSet) -> bool:
+    """Whether some samples were asked for without a nodule; of whole volumes none is aimed at."""
+    free = samples.index["box"][:, 0] < 0
+    return bool(free.any() and not (free.all() and space_of(samples) == "volume"))
 
 
 def _by_nodule(computed: Computed, boxed: NDArray[np.bool_]) -> Computed:

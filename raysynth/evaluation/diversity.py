@@ -13,6 +13,7 @@ from raysynth.evaluation.consistency import mean_scores
 from raysynth.evaluation.intervals import Figure, Z
 from raysynth.evaluation.measure import ADHERENCE_COLUMNS, Measures
 from raysynth.evaluation.regions import SMALL_IMAGE, cut_crops
+from raysynth.evaluation.sets import space_of
 from raysynth.metrics.similarity import ms_ssim, num_ssim_scales
 from raysynth.sampling.cohort import diameter_class
 from raysynth.seeding import seed_of
@@ -24,6 +25,8 @@ SSIM_WINDOW_HU = (-1000.0, 400.0)
 
 MAX_PAIRS = 1000
 PAIRS_AT_ONCE = 32
+PIXELS_AT_ONCE = 2**23
+"""Of either side of the pairs: fewer pairs of volumes are compared at once."""
 
 MAX_SCORE_GAP = 1.0
 """By which scores of real nodules may differ and still count as the same request: two readers of
@@ -59,7 +62,7 @@ def likeness(
         for name, of_set in pairs.items()
         if len(of_set)
     }
-    key = f"ms_ssim/slice/{region}/{num_ssim_scales(size)}-scales@1/{count}"
+    key = f"ms_ssim/{space_of(real)}/{region}/{num_ssim_scales(size)}-scales@1/{count}"
     return key, {name: ray.get(future) for name, future in futures.items()}
 
 
@@ -128,11 +131,12 @@ def _real_pairs(
 
 
 def _mean_likeness(samples: SampleSet, pairs: Pairs, size: int) -> Figure:
-    """Mean MS-SSIM of crops of `size` pixels around the boxes; of whole slices, if so large."""
+    """Mean MS-SSIM of crops of `size` pixels around the boxes; of whole samples, if so large."""
     values = []
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+    together = min(PAIRS_AT_ONCE, max(1, PIXELS_AT_ONCE // int(np.prod(samples.shape))))
+    for start in range(0, len(pairs), together):
         images = []
-        for rows in pairs[start : start + PAIRS_AT_ONCE].T:
+        for rows in pairs[start : start + together].T:
             hu = np.concatenate([samples.read("hu", int(row), int(row) + 1) for row in rows])
             hu = measurable(hu, samples.attrs["intensity"])
             box = samples.index["box"][rows]

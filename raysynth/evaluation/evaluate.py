@@ -7,10 +7,10 @@ import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysynth.case import CONDITION_ATTRIBUTES
 from raysynth.config import ExperimentConfig, HoleFilling
-from raysynth.errors import InputError
 from raysynth.evaluation.adherence import (
     AttributeCoverage,
     CohortShare,
@@ -32,7 +32,14 @@ from raysynth.evaluation.consistency import (
     train_judges,
 )
 from raysynth.evaluation.distances import judge_places
-from raysynth.evaluation.fills import FillQuality, fill_quality, read_holes
+from raysynth.evaluation.fills import (
+    FillQuality,
+    Holes,
+    LayoutHoles,
+    fill_quality,
+    holes_of,
+    seen_window,
+)
 from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.judge import PASTED, MetricResult
 from raysynth.evaluation.measure import Computed, Measures, Place, told
@@ -40,10 +47,16 @@ from raysynth.evaluation.notices import notices_of
 from raysynth.evaluation.references import measure_pasted
 from raysynth.evaluation.regions import shows_nodules
 from raysynth.evaluation.sensitivity import Sensitivity, sensitivity, standing
-from raysynth.evaluation.sets import are_phantoms, measure_sets, open_sets, patients_of
+from raysynth.evaluation.sets import (
+    are_phantoms,
+    load_extractors,
+    made_of,
+    measure_sets,
+    open_sets,
+    patients_of,
+)
 from raysynth.evaluation.strata import Stratum, strata
 from raysynth.evaluation.sweep import Sweep, open_scales, sweep
-from raysynth.metrics.features import load_extractor
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.splits import is_indicative
@@ -74,7 +87,8 @@ class EvaluationSummary:
         consistency: how a judge trained on real nodules agrees with the scores asked for, by set
             and attribute; `real`: with the readers of held-out nodules.
         reader_kappa: how far two readers of LIDC agree, by attribute.
-        fills: of models that fill holes, how they lie in their slices, by set.
+        fills: of models that fill holes or are guided by layouts, how what they made compares with
+            the hosts that lent the rest, or the layout, by set.
         sweep: over `evaluation.guidance_scales`; None without any.
         samples: stored, by set; at most `sets.MAX_SAMPLES` of each are measured.
         patients: real ones in all, and in the reference.
@@ -116,37 +130,30 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
 
     Raises:
         InputError: no synthetic run, or one of another bundle or settings; no sample set, none of
-            its slices in the test split, another intensity, or an extractor without its weights.
+            its samples in the test split, another intensity, or an extractor that lacks its weights
+            or takes slices where samples are volumes (or the reverse).
     """
     started = time.monotonic()
-    for name in config.evaluation.extractors:
-        extractor = load_extractor(name, config.evaluation.extractor_weights)
-        if extractor.spatial_dims != 2:
-            raise InputError(
-                f"evaluation.extractors: {name} takes volumes, and samples are slices: leave it out"
-            )
+    load_extractors(config.evaluation, len(config.samples.shape))
     snapshot = main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
     sets, scales = open_sets(root, config), open_scales(config, root)
     patients = patients_of(root, sets)
     is_reference = sets["real"].index["split"] == TEST
-    fills, hole = {}, None
     if isinstance(config.model, HoleFilling):
         # The others are their neighbours: none may be on both sides.
         is_reference &= np.arange(len(is_reference)) % 2 == 0
-        holes = read_holes(config, sets["real"], sets["synthetic"])
-        hole, window_hu = holes.hole, config.model.window_hu
-        fills = {
-            name: fill_quality(samples, holes, patients["synthetic"], window_hu)
-            for name, samples in sets.items()
-            if name != "real"
-        }
-    measures = measure_sets(sets, config, hole)
+    holes = holes_of(config, sets["real"], sets["synthetic"])
+    fills = _fills(config, holes, sets, patients["synthetic"])
+    measures = measure_sets(sets, config, holes)
     intensity = sets["real"].attrs["intensity"]
     computed = {name: measured.compute() for name, measured in measures.items()}
-    if hole is None and config.evaluation.controls:
+    parts = made_of(holes)
+    if not isinstance(holes, Holes) and config.evaluation.controls:
         wanted = config.evaluation.num_control_samples or sets["synthetic"].count
-        pasted, hosts = measure_pasted(sets["real"], patients["real"], wanted, config.evaluation)
+        pasted, hosts = measure_pasted(
+            sets["real"], patients["real"], wanted, config.evaluation, parts
+        )
         computed[PASTED], patients[PASTED] = pasted.compute(), hosts
     shown = {name: told(found, intensity) for name, found in computed.items()}
     metrics = judge_places(shown, sets, patients, is_reference, config)
@@ -154,13 +161,12 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         "real": len(np.unique(patients["real"])),
         "reference": len(np.unique(patients["real"][is_reference])),
     }
-    answers = sensitivity(
-        sets["real"], patients["real"], sets["real"].index["split"] == TEST, config.evaluation
-    )
+    held_out = sets["real"].index["split"] == TEST
+    answers = sensitivity(sets["real"], patients["real"], held_out, config.evaluation, parts)
     phantoms = are_phantoms(root, sets["real"])
     judges = _score_judges(computed["real"], sets["real"])
     real = sets["real"], measures["real"]
-    swept = sweep(config, root, scales, *real, is_reference, judges) if scales else None
+    swept = sweep(config, root, scales, *real, is_reference, judges, holes) if scales else None
     tables = {name: measured.adherence.compute()[1] for name, measured in measures.items()}
     path = config.work_dir / "evaluation" / f"{config.name}.json"
     summary = EvaluationSummary(
@@ -198,6 +204,27 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     write_findings(path, asdict(summary))
     logger.info("wrote %s", path)
     return summary
+
+
+def _fills(
+    config: ExperimentConfig,
+    holes: Holes | LayoutHoles | None,
+    sets: dict[str, SampleSet],
+    patients: NDArray[np.int64],
+) -> dict[str, FillQuality]:
+    """How a run and its controls lie in their hosts, one Ray task a set."""
+    import ray
+
+    if holes is None:
+        return {}
+    task, handle = ray.remote(num_cpus=1)(fill_quality), ray.put(holes)
+    window_hu = seen_window(config)
+    futures = {
+        name: task.remote(samples, handle, patients, window_hu)
+        for name, samples in sets.items()
+        if name != "real"
+    }
+    return {name: ray.get(future) for name, future in futures.items()}
 
 
 def _cohort(

@@ -99,7 +99,10 @@ OF_NEIGHBOURS = ("fid", "kid")
 DISTANCES = ("fid", "kid", "mmd2", "mmd2_fixed", "overlap")
 """All that are computed of features."""
 
-BY_EXTRACTOR = {HISTOGRAMS: ("hu_w1",), RADIOMICS: ("fid", "radiomics")}
+BY_EXTRACTOR = {
+    HISTOGRAMS: ("hu_w1",),
+    **dict.fromkeys(RADIOMICS.values(), ("fid", "radiomics")),
+}
 """Of these extractors, other ones."""
 
 OVERLAP = ("precision", "recall", "density", "coverage")
@@ -112,7 +115,12 @@ MAX_OVERLAP_SAMPLES = 2048
 
 
 def judge(
-    place: Place, arms: Arms, num_draws: int, seed: int, distances: Sequence[str] = DISTANCES
+    place: Place,
+    arms: Arms,
+    num_draws: int,
+    seed: int,
+    distances: Sequence[str] = DISTANCES,
+    space: str = "slice",
 ) -> dict[str, MetricResult]:
     """All metrics at one region by one extractor, by key.
 
@@ -125,6 +133,7 @@ def judge(
         num_draws: sub-samples behind each interval.
         seed: of every drawing.
         distances: which, if not all.
+        space: `slice` or `volume`, what samples are.
 
     Returns:
         Key `metric/space/region/extractor@version/N` -> result; none for too few samples.
@@ -153,12 +162,13 @@ def judge(
             asked = [name for name in distances if name in OF_NEIGHBOURS]
         at_size = Arms(arms.real, arms.reference, beside, arms.neighbours)
         # Of two results at the same drawn-down size, the one with controls stays.
-        results = _judge_at(place, size, at_size, splits, num_draws, seed, asked) | results
+        at_place = _judge_at((space, *place), size, at_size, splits, num_draws, seed, asked)
+        results = at_place | results
     return results
 
 
 def _judge_at(
-    place: Place,
+    place: tuple[str, str, str],
     size: int,
     arms: Arms,
     splits: list[NDArray[np.bool_]],
@@ -166,15 +176,13 @@ def _judge_at(
     seed: int,
     distances: Sequence[str],
 ) -> dict[str, MetricResult]:
-    region, extractor = place
+    extractor = place[-1]
     largest = {"fid": size, "hu_w1": size, "overlap": min(size, MAX_OVERLAP_SAMPLES)}
     results: dict[str, MetricResult] = {}
     for name in BY_EXTRACTOR.get(measured_by(extractor), distances):
         n = largest.get(name, min(size, MAX_KERNEL_SAMPLES))
         found = _results(name, n, arms, splits, num_draws, seed)
-        results |= {
-            f"{metric}/slice/{region}/{extractor}/{n}": result for metric, result in found.items()
-        }
+        results |= {"/".join((metric, *place, f"{n}")): result for metric, result in found.items()}
     return results
 
 

@@ -12,6 +12,9 @@ from raysynth.report.html import Losses, Tile
 from raysynth.store.reader import SampleSet
 from raysynth.volume import RELATIVE_RANGE
 
+MAX_PIXELS = 2**24
+"""That fine texture is told from."""
+
 
 def limits(
     found: dict[str, Any],
@@ -19,6 +22,7 @@ def limits(
     frames: Sequence[Tile],
     losses: Losses,
     intensity: Intensity = "hu",
+    space: str = "slice",
 ) -> dict[str, str]:
     """For each picture a sentence on what is still wrong, from the figures themselves."""
 
@@ -34,13 +38,13 @@ def limits(
     gallery = []
     if synthetic is not None:
         gallery.append(
-            f"neighbouring lung pixels of synthetic slices differ by {amount(synthetic)} on "
-            f"average, of training slices by {amount(real)}: "
+            f"neighbouring lung pixels of synthetic {space}s differ by {amount(synthetic)} on "
+            f"average, of training {space}s by {amount(real)}: "
             f"{'fine texture is missing' if synthetic < real else 'there is no less of it'}."
         )
     if share is not None:
         gallery.append(
-            f"In {1 - share:.0%} of the synthetic slices nothing was found where a nodule was "
+            f"In {1 - share:.0%} of the synthetic {space}s nothing was found where a nodule was "
             "asked for."
         )
     texts["gallery"] = " ".join(gallery)
@@ -85,9 +89,10 @@ def limits(
 
 
 def detail(samples: SampleSet) -> float | None:
-    """Mean difference of neighbouring lung pixels of a set's first slices, HU; None: no layout."""
-    stop = min(samples.count, samples.rows_per_shard)
+    """Mean difference of neighbouring lung pixels of a set's first samples, HU; None: no layout."""
+    few = max(1, MAX_PIXELS // int(np.prod(samples.shape)))
+    stop = min(samples.count, samples.rows_per_shard, few)
     hu = samples.read("hu", 0, stop).astype(np.float64)
     lung = np.isin(samples.read("layout", 0, stop), LUNG_LABELS)
-    both = lung[:, :, 1:] & lung[:, :, :-1]
-    return float(np.abs(np.diff(hu, axis=2))[both].mean()) if both.any() else None
+    both = lung[..., 1:] & lung[..., :-1]
+    return float(np.abs(np.diff(hu, axis=-1))[both].mean()) if both.any() else None

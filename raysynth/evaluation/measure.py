@@ -1,7 +1,8 @@
-"""Measures some slices: features of every region, tissue histograms, and each nodule again."""
+"""Measures some samples: features of every region, tissue histograms, and each nodule again."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,14 +15,14 @@ from raysynth.layout.morphology import Mask
 from raysynth.metrics.features import Extractor
 from raysynth.metrics.histogram import TISSUES, tissue_histograms
 from raysynth.metrics.kernel import FeatureTable
-from raysynth.metrics.nodule import RADIOMICS, measurable_masks, radiomic_features
+from raysynth.metrics.nodule import RADIOMICS, RING_MM, measurable_masks, radiomic_features
 from raysynth.sampling.adherence import (
     NODULE_LUNG_LABELS,
-    Measurement,
     count_unrequested,
     find_nodule,
     requested_diameter_mm,
     stray_box,
+    within,
 )
 from raysynth.seeding import seed_of
 
@@ -37,8 +38,8 @@ ADHERENCE_COLUMNS = (
     "stray_found",
     "lung",
 )
-"""Of a slice with a box; `stray_found` is NaN where no stray box fitted. `lung` is the label of the
-lung around the box, 0 where the layout shows none."""
+"""Of a sample with a box; `stray_found` is NaN where no stray box fitted. `lung` is the label of
+the lung around the box, 0 where the layout shows none."""
 
 RELATIVE = "-relative@"
 """Marks extractors of grey values without a unit."""
@@ -75,6 +76,7 @@ class Measures:
     def __init__(self) -> None:
         self.tables: dict[Place, FeatureTable] = {}
         self.adherence = FeatureTable()
+        self.boxes = FeatureTable()
         self.unrequested = FeatureTable()
 
     def update(
@@ -87,31 +89,32 @@ class Measures:
         extractors: Sequence[Extractor],
         stray_boxes: Sequence[Box],
         hole: Mask | None = None,
+        made_of: Sequence[int] = (),
     ) -> None:
         """Measures consecutive samples.
 
         Args:
             first_row: number of the first one in its set.
-            hu: slices (n, y, x).
+            hu: slices (n, y, x) or volumes (n, z, y, x).
             layout: labels, annotated or asked for.
-            box: boxes (n, 4), -1 for none.
+            box: boxes (n, 4) or (n, 6), -1 for none.
             pixel_mm: side of a pixel.
             extractors: of features.
-            stray_boxes: boxes of other slices, for the chance level of adherence.
-            hole: what of them was filled (n, y, x); None: they have no holes.
+            stray_boxes: boxes of other samples, for the chance level of adherence.
+            hole: what of them was filled, of their shape; None: they have no holes.
+            made_of: labels that a model guided by layouts makes, see `cut_regions`.
         """
-        for region, part in cut_regions(hu, layout, box, hole).items():
+        for region, part in cut_regions(hu, layout, box, hole, made_of).items():
             for extractor in extractors:
                 features = extractor(part.hu)
                 self._table(region, extractor.name).update(first_row + part.rows, features)
-        nodule = layout == Label.NODULE
-        shown = measurable_masks(nodule)
-        radiomics = radiomic_features(hu[shown], nodule[shown], pixel_mm)
-        self._table("nodule", RADIOMICS).update(first_row + np.flatnonzero(shown), radiomics)
+        shown, radiomics = _radiomics(hu, layout, box, pixel_mm)
+        self._table("nodule", RADIOMICS[hu.ndim - 1]).update(first_row + shown, radiomics)
         for tissue, counts in tissue_histograms(hu, layout).items():
             seen = np.flatnonzero(counts.any(axis=1))
             self._table(tissue, HISTOGRAMS).update(first_row + seen, counts[seen])
-        with_lung = np.flatnonzero(np.isin(layout, LUNG_LABELS).any(axis=(1, 2)))
+        places = tuple(range(1, hu.ndim))
+        with_lung = np.flatnonzero(np.isin(layout, LUNG_LABELS).any(axis=places))
         unrequested = [
             count_unrequested(hu[i], layout[i], _box(box[i]), pixel_mm) for i in with_lung
         ]
@@ -119,6 +122,7 @@ class Measures:
             first_row + with_lung, np.array(unrequested, np.float32).reshape(-1, 1)
         )
         boxed = np.flatnonzero(box[:, 0] >= 0)
+        self.boxes.update(first_row + boxed, box[boxed].astype(np.float32))
         rows = [
             _adherence(first_row + int(i), hu[i], layout[i], asked, pixel_mm, stray_boxes)
             for i in boxed
@@ -133,6 +137,7 @@ class Measures:
         for place, table in other.tables.items():
             self._table(*place).merge(table)
         self.adherence.merge(other.adherence)
+        self.boxes.merge(other.boxes)
         self.unrequested.merge(other.unrequested)
 
     def compute(self) -> Computed:
@@ -142,6 +147,33 @@ class Measures:
     def _table(self, region: str, extractor: str) -> FeatureTable:
         assert extractor != HISTOGRAMS or region in TISSUES
         return self.tables.setdefault((region, extractor), FeatureTable())
+
+
+def _radiomics(
+    hu: NDArray[np.int16], layout: NDArray[np.uint8], box: NDArray[np.int16], pixel_mm: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Which samples show a nodule that can be measured, and its features.
+
+    Of a slice it is all nodules there. A volume may show several, far from each other: there it is
+    the one in the box.
+    """
+    if hu.ndim == 3:
+        nodule = layout == Label.NODULE
+        shown = measurable_masks(nodule)
+        return np.flatnonzero(shown), radiomic_features(hu[shown], nodule[shown], pixel_mm)
+    rows, features = [], []
+    reach = math.ceil(RING_MM / pixel_mm) + 2  # the ring, and what gradients need
+    for row in np.flatnonzero(box[:, 0] >= 0):
+        mask = np.zeros(hu.shape[1:], bool)
+        inside = within(tuple(box[row].tolist()))
+        mask[inside] = layout[row][inside] == Label.NODULE
+        around = tuple(slice(max(0, part.start - reach), part.stop + reach) for part in inside)
+        crop, mask = hu[row][around][None], mask[around][None]
+        if measurable_masks(mask).all():
+            rows.append(int(row))
+            features.append(radiomic_features(crop, mask, pixel_mm))
+    found = np.concatenate(features) if features else np.zeros((0, 0), np.float32)
+    return np.array(rows, np.int64), found
 
 
 def _adherence(
@@ -157,10 +189,10 @@ def _adherence(
     lung = np.isin(layout, NODULE_LUNG_LABELS) if layout.any() else None
     there = find_nodule(hu, lung, box, pixel_mm)
     rng = np.random.default_rng(seed_of("stray", row))
-    # No nodule that was annotated elsewhere in the slice counts as chance.
+    # No nodule that was annotated elsewhere in the sample counts as chance.
     free_lung = np.isin(layout, LUNG_LABELS)
     stray = stray_box(free_lung, box, stray_boxes, rng)
-    elsewhere: Measurement | None = stray and find_nodule(hu, lung, stray, pixel_mm)
+    elsewhere = None if stray is None else find_nodule(hu, lung, stray, pixel_mm)
     return [
         there.found,
         there.contrast_hu,
@@ -174,10 +206,11 @@ def _adherence(
 
 def _lung_around(layout: NDArray[np.uint8], box: Box) -> int:
     """The lung with most pixels in three times the box; 0: none."""
-    y0, x0, y1, x1 = box
-    height, width = y1 - y0, x1 - x0
-    around = layout[max(0, y0 - height) : y1 + height, max(0, x0 - width) : x1 + width]
-    counts = np.bincount(around.ravel(), minlength=Label.RIGHT_LUNG + 1)
+    around = tuple(
+        slice(max(0, 2 * part.start - part.stop), 2 * part.stop - part.start)
+        for part in within(box)
+    )
+    counts = np.bincount(layout[around].ravel(), minlength=Label.RIGHT_LUNG + 1)
     left, right = counts[Label.LEFT_LUNG], counts[Label.RIGHT_LUNG]
     if not left + right:
         return 0
@@ -185,5 +218,4 @@ def _lung_around(layout: NDArray[np.uint8], box: Box) -> int:
 
 
 def _box(values: NDArray[np.int16]) -> Box | None:
-    y0, x0, y1, x1 = (int(value) for value in values)
-    return None if y0 < 0 else (y0, x0, y1, x1)
+    return None if values[0] < 0 else tuple(int(value) for value in values)

@@ -6,13 +6,15 @@ import numpy as np
 import zarr
 
 from raysynth.evaluation.judge import MetricResult
+from raysynth.evaluation.regions import GENERATED, is_generated
+from raysynth.evaluation.sets import space_of
 from raysynth.sampling.adherence import MAX_LUNG_HU, MIN_CONTRAST_HU
 from raysynth.store.reader import SampleSet, case_attrs
 from raysynth.store.splits import is_indicative
 from raysynth.window import LUNG_WINDOW_HU
 
 MAX_SHARE_GAP = 0.02
-"""By which shares of slices without nodule may differ and still be called the same."""
+"""By which shares of samples without nodule may differ and still be called the same."""
 
 
 def notices_of(
@@ -21,7 +23,7 @@ def notices_of(
     patients: dict[str, int],
     metrics: dict[str, MetricResult],
 ) -> list[str]:
-    """Sentences on few patients, phantoms, and unequal or selected samples.
+    """Sentences on few patients, phantoms, copied pixels, and unequal or selected samples.
 
     Args:
         root: of the store.
@@ -30,6 +32,7 @@ def notices_of(
         metrics: what came out.
     """
     real, synthetic = sets["real"], sets["synthetic"]
+    samples = f"{space_of(real)}s"
     notices = kind_notices(root, real)
     if is_indicative(patients["real"]):
         notices.append(f"indicative only: {patients['real']} patients")
@@ -51,19 +54,26 @@ def notices_of(
     )
     if abs(empty - asked_empty) > MAX_SHARE_GAP:
         notices.append(
-            f"{empty:.0%} of the slices of patients show no nodule, of the synthetic ones "
-            f"{asked_empty:.0%} were asked for without: distances of whole slices and lungs stay "
-            "above their floor for that"
+            f"{empty:.0%} of the {samples} of patients show no nodule, of the synthetic ones "
+            f"{asked_empty:.0%} were asked for without: distances of whole {samples} and lungs "
+            "stay above their floor for that"
+        )
+    places = {key.split("/")[2] for key in metrics}
+    copied = float(synthetic.index["copied_fraction"].mean()) if GENERATED in places else 0.0
+    if copied:
+        notices.append(
+            f"{copied:.0%} of every synthetic {space_of(real)} are its host's own pixels, on "
+            "average: figures of `all` are mostly theirs. Read those of "
+            + " and ".join(sorted(place for place in places if is_generated(place)))
         )
     if (synthetic.index["draws"] > 1).any():
         most = synthetic.attrs["passport"]["sampling"]["max_draws"]
         notices.append(
-            f"slices without the nodule asked for were drawn again, up to {most} times: shares "
+            f"{samples} without the nodule asked for were drawn again, up to {most} times: shares "
             "found, and distances, are those of a selection (controls were drawn once)"
         )
     if any(result.n <= result.dim for key, result in metrics.items() if key.startswith("fid/")):
         notices.append("FID has no more samples than dimensions somewhere: prefer KID there")
-    places = {key.split("/")[2] for key in metrics}
     if not any(place.startswith("nodule") for place in places):
         notices.append("too few nodules to judge them apart")
     return notices

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.condition import Box
 from raysynth.config import EvaluationConfig
 from raysynth.evaluation.measure import Measures
-from raysynth.evaluation.sets import load_extractors
+from raysynth.evaluation.sets import PIXELS_AT_ONCE, load_extractors
+from raysynth.sampling.adherence import within
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet
 from raysynth.window import measurable
 from storage_schema.v1 import SPLITS
 
 MAX_NODULES_A_HOST = 4
-"""Nodules that are pasted into one slice in turn."""
+"""Nodules that are pasted into one sample in turn."""
 
 
 def next_to(
@@ -43,19 +45,24 @@ def neighbour_pairs(
 
 
 def measure_pasted(
-    real: SampleSet, patients: NDArray[np.int64], count: int, config: EvaluationConfig
+    real: SampleSet,
+    patients: NDArray[np.int64],
+    count: int,
+    config: EvaluationConfig,
+    parts: Sequence[int] = (),
 ) -> tuple[Measures, NDArray[np.int64]]:
-    """Measures training slices whose nodule is covered by another training patient's.
+    """Measures training samples whose nodule is covered by another training patient's.
 
-    The square around the donor's nodule is copied as it is: what a generator adds that blends a
-    nodule in is what it is better than this. Where slices are few, each gets several nodules in
-    turn.
+    The square (cube) around the donor's nodule is copied as it is: what a generator adds that
+    blends a nodule in is what it is better than this. Where samples are few, each gets several
+    nodules in turn.
 
     Args:
         real: the sample set.
         patients: number of each sample's patient.
         count: samples wanted at most.
         config: extractors.
+        parts: labels of the region `generated`, see `raysynth.evaluation.regions.cut_regions`.
 
     Returns:
         What was measured, and the patient of each host.
@@ -73,7 +80,7 @@ def measure_pasted(
         for one, other in zip(order, [*order[1:], *order[:1]], strict=True):
             wanted = chosen[one][: count - len(hosts)]
             if pairs := _pairs(real, patients, wanted, chosen[other], rng):
-                futures.append(task.remote(handle, pairs, len(hosts), config))
+                futures.append(task.remote(handle, pairs, len(hosts), config, parts))
                 hosts += [host for host, _ in pairs]
     for future in futures:
         measures.merge(ray.get(future))
@@ -85,31 +92,30 @@ def paste(
     donor: NDArray[np.generic],
     host_box: Sequence[int],
     donor_box: Sequence[int],
-) -> tuple[NDArray[np.generic], tuple[int, int, int, int]]:
+) -> tuple[NDArray[np.generic], Box]:
     """A host's image with the donor's box over the middle of its own, and where that came to lie.
 
     What would lie outside the image is left out.
 
     Args:
-        host: image (y, x).
-        donor: image of the same size.
-        host_box: pixels (y0, x0, y1, x1) around the host's nodule.
+        host: image (y, x) or volume (z, y, x).
+        donor: of the same shape.
+        host_box: half-open pixels around the host's nodule, first corner first.
         donor_box: likewise.
     """
-    size = np.array(host.shape)
-    start, stop = np.array(donor_box[:2]), np.array(donor_box[2:])
-    shift = (np.array(host_box[:2]) + host_box[2:]) // 2 - (start + stop) // 2
+    size, axes = np.array(host.shape), host.ndim
+    start, stop = np.array(donor_box[:axes]), np.array(donor_box[axes:])
+    shift = (np.array(host_box[:axes]) + host_box[axes:]) // 2 - (start + stop) // 2
     low, high = np.maximum(start, -shift), np.minimum(stop, size - shift)
     low, high = np.maximum(low, 0), np.minimum(high, size)
-    (y0, x0), (y1, x1) = low, high
-    (v0, u0), (v1, u1) = low + shift, high + shift
+    place: Box = (*(low + shift).tolist(), *(high + shift).tolist())
     pasted = host.copy()
-    pasted[v0:v1, u0:u1] = donor[y0:y1, x0:x1]
-    return pasted, (int(v0), int(u0), int(v1), int(u1))
+    pasted[within(place)] = donor[within((*low.tolist(), *high.tolist()))]
+    return pasted, place
 
 
 def _boxed_training_rows(real: SampleSet) -> dict[int, list[int]]:
-    """Training slices with a nodule, by shard."""
+    """Training samples with a nodule, by shard."""
     wanted = (real.index["box"][:, 0] >= 0) & (real.index["split"] == SPLITS.index("train"))
     rows: dict[int, list[int]] = {}
     for row in np.flatnonzero(wanted).tolist():
@@ -125,7 +131,7 @@ def _pairs(
     rng: np.random.Generator,
 ) -> list[tuple[int, int]]:
     """For each host a donor of another patient whose box covers the host's nodule, if any does."""
-    sides = real.index["box"][:, 2] - real.index["box"][:, 0]
+    sides = real.index["box"][:, len(real.shape)] - real.index["box"][:, 0]
     candidates = np.array(donors)
     pairs = []
     for host in hosts:
@@ -137,39 +143,41 @@ def _pairs(
 
 
 def _measure_shards(
-    real: SampleSet, pairs: Sequence[tuple[int, int]], first_row: int, config: EvaluationConfig
+    real: SampleSet,
+    pairs: Sequence[tuple[int, int]],
+    first_row: int,
+    config: EvaluationConfig,
+    parts: Sequence[int],
 ) -> Measures:
     """Pastes and measures pairs whose hosts are of one shard, and whose donors of one."""
     measures = Measures()
     hosts, donors = zip(*pairs, strict=True)
-    to_boxes, of_boxes = (real.index["box"][list(rows)] for rows in (hosts, donors))
-    hu, layout = (
-        [
-            paste(host, donor, to_box, of_box)
-            for host, donor, to_box, of_box in zip(
-                _read_rows(real, name, hosts),
-                _read_rows(real, name, donors),
-                to_boxes,
-                of_boxes,
-                strict=True,
-            )
-        ]
-        for name in ("hu", "layout")
-    )
-    measures.update(
-        first_row,
-        measurable(np.stack([image for image, _ in hu]), real.attrs["intensity"]),
-        np.stack([labels for labels, _ in layout]),
-        np.array([box for _, box in hu], np.int16),
-        real.pixel_mm,
-        load_extractors(config),
-        (),
-    )
+    of_hosts, of_donors = (_read_rows(real, rows) for rows in (hosts, donors))
+    block = max(1, PIXELS_AT_ONCE // int(np.prod(real.shape)))
+    for start in range(0, len(pairs), block):
+        some = slice(start, start + block)
+        hu, layout = (
+            [
+                paste(host, donor, real.index["box"][one], real.index["box"][other])
+                for host, donor, (one, other) in zip(to[some], of[some], pairs[some], strict=True)
+            ]
+            for to, of in zip(of_hosts, of_donors, strict=True)
+        )
+        measures.update(
+            first_row + start,
+            measurable(np.stack([image for image, _ in hu]), real.attrs["intensity"]),
+            np.stack([labels for labels, _ in layout]),
+            np.array([box for _, box in hu], np.int16),
+            real.pixel_mm,
+            load_extractors(config, len(real.shape)),
+            (),
+            made_of=parts,
+        )
     return measures
 
 
-def _read_rows(real: SampleSet, name: str, rows: Sequence[int]) -> NDArray[Any]:
-    """Some rows of one shard."""
+def _read_rows(real: SampleSet, rows: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """HU and layouts of some rows of one shard."""
     start, stop = real.shard_rows(rows[0] // real.rows_per_shard)
-    wanted: NDArray[Any] = real.read(name, start, stop)[np.array(rows) - start]
-    return wanted
+    wanted = np.array(rows) - start
+    return real.read("hu", start, stop)[wanted], real.read("layout", start, stop)[wanted]

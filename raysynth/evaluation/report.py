@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from raysynth import __version__
 from raysynth.case import Label, Nodule
 from raysynth.condition import Box, Condition
-from raysynth.config import ExperimentConfig, Gan, HoleFilling, OfLatents
+from raysynth.config import ExperimentConfig, Gan, HoleFilling, LayoutGuided, OfLatents
 from raysynth.config.model import Window
 from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.limits import detail, limits
 from raysynth.evaluation.scorecard import card_table, figure_text, headline, scorecard
+from raysynth.evaluation.sets import space_of
 from raysynth.evaluation.sweep_report import sweep_section
+from raysynth.evaluation.volume_pictures import compared_tiles, planes_tile, scrolls
+from raysynth.layout.holes import layout_hole
 from raysynth.models.bundle import read_facts
 from raysynth.models.facts import ATTRIBUTION, BundleFacts
 from raysynth.progress import stage_seconds
@@ -39,7 +42,7 @@ from raysynth.volume import RELATIVE_RANGE
 from storage_schema.v1 import SPLITS
 
 GALLERY_SIZE = 12
-"""Slices of either kind side by side."""
+"""Samples of either kind side by side."""
 
 NUM_FRAMES = 6
 """Pictures of one sample's denoising."""
@@ -66,11 +69,11 @@ SHOWN_METRICS = ("fid", "kid")
 
 NAMES = {
     "synthetic": "synthetic, where asked for",
-    "synthetic_stray": "synthetic, boxes of other slices (chance)",
+    "synthetic_stray": "synthetic, boxes of other samples (chance)",
     "shuffled": "drawn under another's request",
     "untrained": "untrained network",
     "real": "{}, where readers marked a nodule",
-    "real_stray": "{}, boxes of other slices (chance)",
+    "real_stray": "{}, boxes of other samples (chance)",
 }
 
 
@@ -94,6 +97,8 @@ def report(config: ExperimentConfig) -> Path:
     phantoms = bundle.sources == ("phantom",)
     reference = "phantom" if phantoms else "real"
     page = path.with_suffix(".html")
+    space = space_of(real)
+    volumes = space == "volume"
     write_report(
         ReportData(
             title=f"Synthetic lung CT beside {reference} patients",
@@ -139,8 +144,14 @@ def report(config: ExperimentConfig) -> Path:
                 frames,
                 losses,
                 bundle.intensity,
+                space,
             ),
             window_hu=display_window(bundle),
+            space=space,
+            scrolls=scrolls(real, synthetic, reference) if volumes else (),
+            compared=compared_tiles(real, synthetic, reference, display_window(bundle))
+            if volumes and isinstance(config.model, LayoutGuided)
+            else (),
         ),
         page,
     )
@@ -159,8 +170,8 @@ def _facts(
         f"{reference} patients": f"{found['patients']['real']}",
         "held-out patients": f"{found['patients']['reference']}",
         "nodules read": f"{nodules}",
-        f"{reference} slices": f"{real.count:,}",
-        "synthetic slices": f"{synthetic.count:,}",
+        f"{reference} {space_of(real)}s": f"{real.count:,}",
+        f"synthetic {space_of(real)}s": f"{synthetic.count:,}",
     }
     if found["adherence"]["synthetic"]["n"]:
         share = found_share(found["adherence"], "synthetic").partition(" ")[0]
@@ -196,23 +207,20 @@ def _nodule_tile(root: zarr.Group, number: int, case: VolumeAttrs, nodule: Nodul
 
 
 def real_tiles(real: SampleSet) -> list[Tile]:
-    """Held-out slices; those with a nodule first."""
+    """Held-out samples; those with a nodule first."""
     held_out = real.index["split"] == SPLITS.index("test")
     with_nodule = np.flatnonzero(held_out & (real.index["box"][:, 0] >= 0))
     others = np.flatnonzero(held_out & (real.index["box"][:, 0] < 0))
     rng = np.random.default_rng(seed_of("gallery", real.count))
     rows = np.concatenate([rng.permutation(with_nodule), rng.permutation(others)])[:GALLERY_SIZE]
-    return [
-        Tile(*_image(real, int(row)), f"case {real.index['case'][row] + 1}")
-        for row in np.sort(rows)
-    ]
+    return [_tile(real, int(row), f"case {real.index['case'][row] + 1}") for row in np.sort(rows)]
 
 
 def synthetic_tiles(synthetic: SampleSet) -> list[Tile]:
-    """The first slices of the run: nobody chose them."""
+    """The first samples of the run: nobody chose them."""
     tiles = []
     for row in range(min(GALLERY_SIZE, synthetic.count)):
-        hu, layout, box = _image(synthetic, row)
+        box = synthetic.index["box"][row, 0] >= 0
         scores = ", ".join(str(score) for score in synthetic.index["attributes"][row])
         prompt = _prompt(synthetic, row)
         seen = "found" if synthetic.index["found"][row] else "nothing found"
@@ -220,17 +228,26 @@ def synthetic_tiles(synthetic: SampleSet) -> list[Tile]:
         said = prompt or f"scores {scores}"
         caption = f"{said}; {seen}" if box else prompt or "no nodule asked for"
         if copied:
-            caption = f"{1 - copied:.0%} of the pixels made"
-        tiles.append(Tile(hu, layout, box, caption))
+            made = f"{1 - copied:.0%} of the pixels made"
+            caption = f"{caption}; {made}" if box else made
+        tiles.append(_tile(synthetic, row, caption))
     return tiles
 
 
+def _tile(samples: SampleSet, row: int, caption: str) -> Tile:
+    """A slice; of a volume, three planes."""
+    hu, layout, box = _image(samples, row)
+    if hu.ndim == 2:
+        return Tile(hu, layout, box, caption)
+    return planes_tile(hu, layout, box, caption)
+
+
 def _image(samples: SampleSet, row: int) -> tuple[NDArray[np.int16], NDArray[np.uint8], Box | None]:
-    y0, x0, y1, x1 = (int(value) for value in samples.index["box"][row])
+    box: Box = tuple(int(value) for value in samples.index["box"][row])
     return (
         samples.read("hu", row, row + 1)[0],
         samples.read("layout", row, row + 1)[0],
-        (y0, x0, y1, x1) if y0 >= 0 else None,
+        box if box[0] >= 0 else None,
     )
 
 
@@ -260,14 +277,23 @@ def _first_of(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -
     prompt = _prompt(synthetic, 0)
     seed, source = (int(synthetic.index[name][0]) for name in ("seed", "source_sample"))
     scores = tuple(int(score) for score in synthetic.index["attributes"][0]) if box else None
-    first = PlannedSample("first", seed, Condition(layout, box, scores, prompt), source)
+    asked = Condition(layout, box, scores, prompt)
+    if config.copies:
+        assert isinstance(config.model, LayoutGuided)
+        known_hu, own, _ = _image(real, source)
+        made = [layout_hole(one, config.model.layout_labels) for one in (layout, own)]
+        asked = replace(asked, known_hu=known_hu, known_mask=~np.logical_or(*made))
+    first = PlannedSample("first", seed, asked, source)
     draws = int(synthetic.index["draws"][0])
     return first.redrawn(draws) if draws > 1 else first
 
 
 def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> list[Tile]:
-    """The first slice of the run once more; nothing for a GAN, which has no steps."""
-    if isinstance(config.model, Gan):
+    """The first slice of the run once more; nothing for a GAN, which has no steps.
+
+    Nor of volumes: one core would draw one for hours.
+    """
+    if isinstance(config.model, Gan) or space_of(real) == "volume":
         return []
     first = _first_of(config, real, synthetic)
     # Here one core draws one slice: a thousand steps of a large network would take it hours, and a
@@ -281,7 +307,7 @@ def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: Sampl
             "num_inference_steps": min(config.sampling.num_inference_steps, MAX_STEPS),
         }
     )
-    sampler = BundleSampler(config.bundle_path, sampling, config.seed)
+    sampler = BundleSampler(config.bundle_path, sampling, config.seed, real.shape[-1])
     steps, frames = sampler.denoising(first, NUM_FRAMES)
     return [
         Tile(frame, None, first.condition.box, f"step {step}")
@@ -368,7 +394,7 @@ def _counts(found: dict[str, Any], reference: str) -> dict[str, str]:
     for name, text in {"synthetic": "synthetic", "real": reference}.items():
         if name in found["unrequested"]:
             rows[f"compact dense things beside it in the lungs, {text} (mostly vessels)"] = (
-                f"{_mean(found['unrequested'][name])} a slice"
+                f"{_mean(found['unrequested'][name])} a sample"
             )
     if found["draws"]["mean"] > 1:
         rows["draws of a sample until the nodule was found"] = _mean(found["draws"])
@@ -396,7 +422,7 @@ def _mean(count: dict[str, Any]) -> str:
 
 FILLED = {
     "synthetic": "filled as asked",
-    "shuffled": "filled for another slice",
+    "shuffled": "filled for another sample",
     "untrained": "untrained network",
     "constant": "filled with each tissue's mean",
 }
@@ -411,14 +437,25 @@ def _fills(found: dict[str, Any]) -> list[list[str]]:
             text,
             _changed(found["fills"][name]),
             _seam(found["fills"][name]),
-            f"{found['fills'][name]['mse_hu2'] ** 0.5:.0f} HU",
+            _rmse(found["fills"][name]),
             f"{found['fills'][name]['ssim']:.3f}",
+            *(_mse(found["fills"][name], part) for part in ("inside", "outside", "whole")),
         ]
         for name, text in FILLED.items()
         if name in found["fills"]
     ]
     heading = ["", "pixels changed outside the hole", "step across its border"]
-    return [[*heading, "root mean squared error in the hole", "SSIM of the slice"], *rows]
+    heading += ["root mean squared error in the hole", "SSIM of the whole"]
+    return [[*heading, "MSE inside", "outside", "of the whole"], *rows]
+
+
+def _rmse(fill: dict[str, Any]) -> str:
+    inside = fill["errors"].get("inside")
+    return "-" if inside is None else f"{inside['mse_hu2'] ** 0.5:.0f} HU"
+
+
+def _mse(fill: dict[str, Any], part: str) -> str:
+    return f"{fill['errors'][part]['mse']:.3g}" if part in fill["errors"] else "-"
 
 
 def fill_texts(fills: dict[str, Any]) -> list[str]:
@@ -427,7 +464,7 @@ def fill_texts(fills: dict[str, Any]) -> list[str]:
 
 
 def _changed(fill: dict[str, Any]) -> str:
-    return f"{fill['changed']:,} of {fill['known']:,}"
+    return "-" if fill["changed"] is None else f"{fill['changed']:,} of {fill['known']:,}"
 
 
 def _seam(fill: dict[str, Any] | None) -> str:

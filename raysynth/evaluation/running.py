@@ -89,9 +89,9 @@ class RunningMetrics:
 
         Args:
             rows: numbers of the samples in their set, 0 or more (n,).
-            hu: slices (n, y, x).
+            hu: slices (n, y, x) or volumes (n, z, y, x).
             layout: their labels.
-            box: their boxes (n, 4), -1 for none.
+            box: their boxes (n, 4) or (n, 6), -1 for none.
             extractors: of features.
 
         Returns:
@@ -141,14 +141,16 @@ class RunningMetrics:
         reference: Reference,
         places: Sequence[Place] | None = None,
         kernels: dict[Place, RunningKernel] | None = None,
+        space: str = "slice",
     ) -> dict[str, RunningValue]:
-        """FID and KID by key `metric/slice/region/extractor@version`; none for too few samples.
+        """FID and KID by key `metric/space/region/extractor@version`; none for too few samples.
 
         Args:
             reference: real samples to compare with.
             places: which; None: all.
             kernels: of earlier calls with this reference, for speed; filled here. None: everything
                 is computed anew, and depends on the samples alone and not on their history.
+            space: `slice` or `volume`, what samples are.
         """
         kernels = {} if kernels is None else kernels
         found: dict[str, RunningValue] = {}
@@ -165,7 +167,7 @@ class RunningMetrics:
             floor = reference.floor(place)
             n, n_real = other.moments.count, real.moments.count
             kept, kept_real = len(other.rows), len(real.rows)
-            name = "/".join(("slice", *place))
+            name = "/".join((space, *place))
             found[f"fid/{name}"] = RunningValue(_fid(real, other), n, n_real, floor.fid, floor.n)
             found[f"kid/{name}"] = RunningValue(kid, kept, kept_real, floor.kid, floor.n, std)
         return found

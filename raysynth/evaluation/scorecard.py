@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from raysynth.evaluation.regions import GENERATED
+from raysynth.evaluation.regions import is_generated
 from raysynth.evaluation.sensitivity import EVIDENCE, PHANTOMS
 
 MIN_FID_SAMPLES = 2000
@@ -106,7 +106,7 @@ def _distances(found: Found) -> Iterator[Line]:
         fuller = place not in best or _num_columns(found, key) > _num_columns(found, best[place])
         if metric == wanted and fuller:
             best[place] = key
-    for place, key in sorted(best.items(), key=lambda one: not one[0].startswith(GENERATED)):
+    for place, key in sorted(best.items(), key=lambda one: not is_generated(one[0].split("/")[0])):
         region, extractor = place.split("/")
         metric = found["metrics"][key]
         name = next((one for one in CONTROLS if one in metric["columns"]), None)

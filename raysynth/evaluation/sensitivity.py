@@ -19,13 +19,17 @@ from raysynth.case import LUNG_LABELS, Label
 from raysynth.config import EvaluationConfig
 from raysynth.evaluation.judge import DISTANCES, GROUPS, MIN_SAMPLES, OVERLAP, distance_of
 from raysynth.evaluation.measure import Computed, Place, told
-from raysynth.evaluation.regions import GENERATED, cut_regions
-from raysynth.evaluation.sets import load_extractors
+from raysynth.evaluation.regions import cut_regions, made_whole
+from raysynth.evaluation.sets import boxes_of, load_extractors, space_of
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet
 from raysynth.window import measurable
 
 MAX_SAMPLES = 256
+MAX_PIXELS = 2**26
+"""Of all samples together: every degradation is made of all of them. 32 volumes of 128 voxels a
+side, or the largest slices."""
+
 NUM_SPLITS = 20
 
 PLAIN = ("blur", 0.0)
@@ -80,6 +84,7 @@ class _HeldOut:
     hu: NDArray[np.int16]
     layout: NDArray[np.uint8]
     box: NDArray[np.int16]
+    made_of: tuple[int, ...] = ()
 
 
 def sensitivity(
@@ -87,6 +92,7 @@ def sensitivity(
     patients: NDArray[np.int64],
     held_out: NDArray[np.bool_],
     config: EvaluationConfig,
+    made_of: tuple[int, ...] = (),
 ) -> dict[str, Sensitivity]:
     """How every metric of every region and extractor answers, by its key without N.
 
@@ -97,6 +103,7 @@ def sensitivity(
         patients: number of each sample's patient.
         held_out: samples of patients that no model was trained on.
         config: extractors.
+        made_of: labels of the region `generated`, see `raysynth.evaluation.regions.cut_regions`.
 
     Returns:
         Nothing where the held-out patients are too few for two halves.
@@ -104,10 +111,12 @@ def sensitivity(
     import ray
 
     rng = np.random.default_rng(seed_of("sensitivity", real.count))
-    rows = np.sort(rng.permutation(np.flatnonzero(held_out))[:MAX_SAMPLES])
+    count = min(MAX_SAMPLES, max(2 * MIN_SAMPLES, MAX_PIXELS // int(np.prod(real.shape))))
+    rows = np.sort(rng.permutation(np.flatnonzero(held_out))[:count])
     if len(np.unique(patients[rows])) < 2:
         return {}
-    samples = ray.put(_read(real, rows))
+    samples = ray.put(_read(real, rows, made_of))
+    space = space_of(real)
     task = ray.remote(num_cpus=1)(_features)
     futures = {PLAIN: task.remote(samples, *PLAIN, config)} | {
         (kind, level): task.remote(samples, kind, level, config)
@@ -124,7 +133,7 @@ def sensitivity(
             worsened = _worsened(place, found)
             for group in DISTANCES:
                 for metric, answer in _answers(group, worsened, halves).items():
-                    answers[f"{metric}/slice/{place[0]}/{place[1]}"] = answer
+                    answers["/".join((metric, space, *place))] = answer
     return answers
 
 
@@ -141,7 +150,7 @@ def standing(key: str, answers: Mapping[str, Sensitivity], phantoms: bool) -> st
         return PHANTOMS
     if extractor.startswith(RANDOM_FEATURES):
         return "smoke test: random features"
-    region = region.removeprefix(GENERATED).partition("_")[0]
+    region = region.removeprefix(made_whole("")).partition("_")[0]
     answer = answers.get(f"{metric}/{space}/{region}/{extractor}")
     if answer is None:
         return "not tested on patients made worse"
@@ -164,7 +173,7 @@ def _halves(
     return halves
 
 
-def _read(real: SampleSet, rows: NDArray[np.int64]) -> _HeldOut:
+def _read(real: SampleSet, rows: NDArray[np.int64], made_of: tuple[int, ...]) -> _HeldOut:
     parts: dict[str, list[NDArray[Any]]] = {"hu": [], "layout": []}
     for shard in np.unique(rows // real.rows_per_shard):
         start, stop = real.shard_rows(int(shard))
@@ -172,15 +181,16 @@ def _read(real: SampleSet, rows: NDArray[np.int64]) -> _HeldOut:
         for name, chunks in parts.items():
             chunks.append(real.read(name, start, stop)[inside])
     hu, layout = (np.concatenate(chunks) for chunks in parts.values())
-    return _HeldOut(measurable(hu, real.attrs["intensity"]), layout, real.index["box"][rows])
+    shown = measurable(hu, real.attrs["intensity"])
+    return _HeldOut(shown, layout, boxes_of(real)[rows], made_of)
 
 
 def _features(half: _HeldOut, kind: str, level: float, config: EvaluationConfig) -> Computed:
     hu = DEGRADE[kind](half, level) if level else half.hu
     return {
         (region, extractor.name): (part.rows, extractor(part.hu))
-        for region, part in cut_regions(hu, half.layout, half.box).items()
-        for extractor in load_extractors(config)
+        for region, part in cut_regions(hu, half.layout, half.box, made_of=half.made_of).items()
+        for extractor in load_extractors(config, hu.ndim - 1)
         if len(part.rows)
     }
 
@@ -223,15 +233,18 @@ def _answers(
 
 
 def _blurred(half: _HeldOut, sigma_px: float) -> NDArray[np.int16]:
-    blurred = ndimage.gaussian_filter(half.hu.astype(np.float32), (0, sigma_px, sigma_px))
-    whole: NDArray[np.int16] = np.rint(blurred).astype(np.int16)
-    return whole
+    blurred = np.empty_like(half.hu)
+    for image, to in zip(half.hu, blurred, strict=True):
+        to[:] = np.rint(ndimage.gaussian_filter(image.astype(np.float32), sigma_px))
+    return blurred
 
 
 def _noisy(half: _HeldOut, sd_hu: float) -> NDArray[np.int16]:
-    noise = np.random.default_rng(seed_of("noise")).standard_normal(half.hu.shape)
-    whole: NDArray[np.int16] = np.rint(half.hu + sd_hu * noise).astype(np.int16)
-    return whole
+    rng = np.random.default_rng(seed_of("noise"))
+    noisy = np.empty_like(half.hu)
+    for image, to in zip(half.hu, noisy, strict=True):
+        to[:] = np.rint(image + sd_hu * rng.standard_normal(image.shape))
+    return noisy
 
 
 def _shifted(half: _HeldOut, offset_hu: float) -> NDArray[np.int16]:

@@ -15,8 +15,9 @@ from raysynth.config import EvaluationConfig, ExperimentConfig
 from raysynth.config.experiment import CONTROLS
 from raysynth.config.sampling import DRAWING
 from raysynth.errors import InputError
+from raysynth.evaluation.fills import Holes, LayoutHoles
 from raysynth.evaluation.measure import Measures
-from raysynth.layout.morphology import Mask
+from raysynth.evaluation.regions import nodule_boxes
 from raysynth.metrics.domain import check_intensity
 from raysynth.metrics.features import Extractor, load_extractor
 from raysynth.models.bundle import bundle_digest
@@ -31,6 +32,9 @@ MAX_SAMPLES = 50_000
 sample with `ct-conv` and 27 kB with Inception."""
 
 NUM_STRAY_BOXES = 500
+
+PIXELS_AT_ONCE = 2**22
+"""Samples of a shard are measured in blocks of so many pixels: two volumes of 128 voxels a side."""
 
 
 def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet]:
@@ -55,13 +59,13 @@ def open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet
     check_intensity(config.evaluation.extractors, real.attrs["intensity"])
     if real.shape != synthetic.shape or not np.isclose(real.pixel_mm, synthetic.pixel_mm):
         raise InputError(
-            f"synthetic/{config.name} has slices of {synthetic.shape} pixels of "
+            f"synthetic/{config.name} has {space_of(synthetic)}s of {synthetic.shape} pixels of "
             f"{synthetic.pixel_mm:g} mm, samples/{name} {real.shape} of {real.pixel_mm:g} mm: "
             "evaluate with the set that the model was trained on"
         )
     if not np.any(real.index["split"] == SPLITS.index("test")):
         raise InputError(
-            f"no slice of samples/{name} is of a test patient, so there is nothing to judge by; "
+            f"no sample of samples/{name} is of a test patient, so there is nothing to judge by; "
             "ingest more patients or raise data.split.test"
         )
     return sets
@@ -113,21 +117,49 @@ def are_phantoms(root: zarr.Group, real: SampleSet) -> bool:
     }
 
 
+def space_of(samples: SampleSet) -> str:
+    """What a sample of a set is, as metric keys call it: a `slice` or a `volume`."""
+    return "slice" if len(samples.shape) == 2 else "volume"
+
+
+def boxes_of(samples: SampleSet) -> NDArray[np.int16]:
+    """The box of every sample that nodules are looked at in, (n, 4) or (n, 6); -1: none.
+
+    It is the one of the index. Of whole volumes none is aimed at a nodule: there it is the cube
+    around the largest one of the layout.
+    """
+    box: NDArray[np.int16] = samples.index["box"]
+    if len(samples.shape) == 2 or (box >= 0).any():
+        return box
+    shards = (samples.shard_rows(shard) for shard in range(samples.num_shards))
+    return np.concatenate([nodule_boxes(samples.read("layout", *rows)) for rows in shards])
+
+
+def made_of(holes: Holes | LayoutHoles | None) -> tuple[int, ...]:
+    """Labels that are judged apart as `generated`: of models that make them and nothing else."""
+    return tuple(holes.made_of) if isinstance(holes, LayoutHoles) and holes.keeps else ()
+
+
 def measure_sets(
-    sets: Mapping[str, SampleSet], config: ExperimentConfig, hole: Mask | None = None
+    sets: Mapping[str, SampleSet],
+    config: ExperimentConfig,
+    holes: Holes | LayoutHoles | None = None,
 ) -> dict[str, Measures]:
-    """Measures every set, one Ray task a shard; `hole` is of the run and its controls."""
+    """Measures every set, one Ray task a shard; `holes` are of the run and its controls."""
     import ray
 
     task = ray.remote(num_cpus=1)(_measure_shard)
     work = {}
+    parts = made_of(holes)
     for name, samples in sets.items():
         handle = ray.put(samples)
-        strays = _stray_boxes(samples)
+        boxes = boxes_of(samples)
+        strays = _stray_boxes(boxes)
         for shard in _chosen_shards(samples):
             start, stop = samples.shard_rows(shard)
-            filled = None if hole is None or name == "real" else hole[start:stop]
-            future = task.remote(handle, shard, strays, config.evaluation, filled)
+            filled = None if name == "real" else _holes_in(holes, start, stop)
+            look = boxes[start:stop], strays, filled, parts
+            future = task.remote(handle, shard, config.evaluation, *look)
             work[future] = name, stop - start
     measures = {name: Measures() for name in sets}
     with progress("evaluate", sum(count for _, count in work.values())) as view:
@@ -140,38 +172,71 @@ def measure_sets(
     return measures
 
 
+def _holes_in(
+    holes: Holes | LayoutHoles | None, start: int, stop: int
+) -> Holes | LayoutHoles | None:
+    """What a worker needs to know of the holes of some rows, which are the first ones to it."""
+    if not isinstance(holes, Holes):
+        return holes
+    return Holes(holes.hole[start:stop], holes.known_hu[:0])
+
+
 def _measure_shard(
     samples: SampleSet,
     shard: int,
-    strays: Sequence[Box],
     config: EvaluationConfig,
-    hole: Mask | None,
+    boxes: NDArray[np.int16],
+    strays: Sequence[Box],
+    holes: Holes | LayoutHoles | None,
+    parts: Sequence[int],
 ) -> Measures:
-    start, stop = samples.shard_rows(shard)
+    first, last = samples.shard_rows(shard)
+    hu, layout = (samples.read(name, first, last) for name in ("hu", "layout"))
+    extractors = load_extractors(config, len(samples.shape))
+    block = max(1, PIXELS_AT_ONCE // int(np.prod(samples.shape)))
     measures = Measures()
-    measures.update(
-        start,
-        measurable(samples.read("hu", start, stop), samples.attrs["intensity"]),
-        samples.read("layout", start, stop),
-        samples.index["box"][start:stop],
-        samples.pixel_mm,
-        load_extractors(config),
-        strays,
-        hole,
-    )
+    for start in range(0, len(hu), block):
+        some = slice(start, start + block)
+        measures.update(
+            first + start,
+            measurable(hu[some], samples.attrs["intensity"]),
+            layout[some],
+            boxes[some],
+            samples.pixel_mm,
+            extractors,
+            strays,
+            None if holes is None else holes.of(layout[some], start),
+            parts,
+        )
     return measures
 
 
-def load_extractors(config: EvaluationConfig) -> tuple[Extractor, ...]:
-    """The recipe's extractors, loaded once a process: Ray's workers measure many shards."""
-    return _extractors(config.extractors, tuple(config.extractor_weights.items()))
+def load_extractors(config: EvaluationConfig, spatial_dims: int) -> tuple[Extractor, ...]:
+    """The recipe's extractors, loaded once a process: Ray's workers measure many shards.
+
+    Args:
+        config: names them.
+        spatial_dims: 2 or 3, of the samples.
+
+    Raises:
+        InputError: one takes slices and samples are volumes, or the reverse, or it lacks weights.
+    """
+    loaded = _extractors(config.extractors, tuple(config.extractor_weights.items()), spatial_dims)
+    nouns = {2: "slices", 3: "volumes"}
+    for name, extractor in zip(config.extractors, loaded, strict=True):
+        if extractor.spatial_dims != spatial_dims:
+            raise InputError(
+                f"evaluation.extractors: {name} takes {nouns[extractor.spatial_dims]}, and samples "
+                f"are {nouns[spatial_dims]}: leave it out"
+            )
+    return loaded
 
 
 @lru_cache(maxsize=1)
 def _extractors(
-    names: tuple[str, ...], weights: tuple[tuple[str, Path], ...]
+    names: tuple[str, ...], weights: tuple[tuple[str, Path], ...], spatial_dims: int
 ) -> tuple[Extractor, ...]:
-    return tuple(load_extractor(name, dict(weights)) for name in names)
+    return tuple(load_extractor(name, dict(weights), spatial_dims) for name in names)
 
 
 def _chosen_shards(samples: SampleSet) -> list[int]:
@@ -181,11 +246,9 @@ def _chosen_shards(samples: SampleSet) -> list[int]:
     return sorted(int(shard) for shard in rng.permutation(samples.num_shards)[:wanted])
 
 
-def _stray_boxes(samples: SampleSet) -> Sequence[Box]:
-    """Different boxes of the set, in a random order."""
-    boxes = np.unique(samples.index["box"], axis=0)
+def _stray_boxes(boxes: NDArray[np.int16]) -> Sequence[Box]:
+    """Different boxes of a set, in a random order."""
+    boxes = np.unique(boxes, axis=0)
     boxes = boxes[boxes[:, 0] >= 0]
     order = np.random.default_rng(seed_of("stray boxes", len(boxes))).permutation(len(boxes))
-    return [
-        (int(y0), int(x0), int(y1), int(x1)) for y0, x0, y1, x1 in boxes[order[:NUM_STRAY_BOXES]]
-    ]
+    return [tuple(box) for box in boxes[order[:NUM_STRAY_BOXES]].tolist()]

@@ -17,6 +17,7 @@ from raysynth.evaluation.intervals import Arm
 from raysynth.evaluation.judge import Arms, MetricResult, judge
 from raysynth.evaluation.measure import ADHERENCE_COLUMNS, Computed, Measures, Place
 from raysynth.evaluation.regions import shows_nodules
+from raysynth.evaluation.sets import space_of
 from raysynth.sampling.cohort import DIAMETERS, diameter_class
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet, VolumeAttrs, case_attrs
@@ -100,10 +101,12 @@ def strata(
         _nodules(root, place, computed[name], measures[name], sets, name, patients[name])
         for name in ("real", "synthetic")
     )
-    rows = computed["real"][place][0]
+    rows, space = computed["real"][place][0], space_of(sets["real"])
     task = ray.remote(num_cpus=1)(_stratum)
     futures = [
-        task.remote(place, factor, name, number, real, synthetic, is_reference[rows], config)
+        task.remote(
+            (space, place), (factor, name, number), real, synthetic, is_reference[rows], config
+        )
         for factor, names in _factors().items()
         for number, name in enumerate(names)
         if (synthetic.classes[factor] == number).any()
@@ -164,23 +167,43 @@ def _nodules(
     classes = {attribute: values - 1 for attribute, values in scores.items()}
     classes["diameter_mm"] = np.array([diameter_class(mm) for mm in column["requested_mm"]], int)
     classes["lung"] = column["lung"].astype(int) - 1
-    places, thicknesses = _of_slices(root, sets["real"])
+    boxed, boxes = measures.boxes.compute()
+    box = boxes[np.searchsorted(boxed, rows)]
     lent = source >= 0
-    classes["zone"] = np.where(lent, places[source], UNKNOWN)
-    classes["slice_thickness_mm"] = np.where(lent, thicknesses[source], UNKNOWN)
+    places, thicknesses = _of_places(root, sets["real"], source[lent], box[lent])
+    for factor, found in (("zone", places), ("slice_thickness_mm", thicknesses)):
+        classes[factor] = np.full(len(rows), UNKNOWN)
+        classes[factor][lent] = found
     return _Nodules(Arm(features, patients[rows]), adherence, classes)
 
 
-def _of_slices(root: zarr.Group, real: SampleSet) -> tuple[Classes, Classes]:
-    """Zone and class of thickness of every real slice."""
+def _of_places(
+    root: zarr.Group, real: SampleSet, rows: NDArray[np.int64], box: NDArray[np.float32]
+) -> tuple[Classes, Classes]:
+    """Zone and class of thickness of nodules by the real samples they lie in, and their boxes."""
     cases = [case_attrs(root, case) for case in real.attrs["cases"]]
-    of_case = real.index["case"]
-    zones = np.full(real.count, UNKNOWN)
+    of_case = real.index["case"][rows]
+    zones = np.full(len(rows), UNKNOWN)
     for number, case in enumerate(cases):
         of_this = of_case == number
-        zones[of_this] = _zones(real.index["z_mm"][of_this], case)
+        z_mm = _height_mm(real, rows[of_this], box[of_this], case)
+        zones[of_this] = _zones(z_mm, case)
     mm = np.array([case.spacing_mm[0] for case in cases])
     return zones, np.searchsorted(THICKNESS_EDGES_MM, mm - 1e-3)[of_case]
+
+
+def _height_mm(
+    real: SampleSet, rows: NDArray[np.int64], box: NDArray[np.float32], case: VolumeAttrs
+) -> NDArray[np.float32]:
+    """Along the case's first axis, from its first plane; of a volume, the middle of the box."""
+    if space_of(real) == "slice":
+        of_slice: NDArray[np.float32] = real.index["z_mm"][rows]
+        return of_slice
+    # A volume's own first axis runs towards the head, the case's perhaps away from it.
+    upwards = 1 if case.direction[0, 0] >= 0 else -1
+    from_middle_mm = ((box[:, 0] + box[:, 3] - real.shape[0]) / 2) * real.pixel_mm
+    height: NDArray[np.float32] = real.index["middle_mm"][rows, 0] + upwards * from_middle_mm
+    return height
 
 
 def _zones(z_mm: NDArray[np.float32], case: VolumeAttrs) -> Classes:
@@ -194,26 +217,25 @@ def _zones(z_mm: NDArray[np.float32], case: VolumeAttrs) -> Classes:
 
 
 def _stratum(
-    place: Place,
-    factor: str,
-    name: str,
-    number: int,
+    where: tuple[str, Place],
+    kind: tuple[str, str, int],
     real: _Nodules,
     synthetic: _Nodules,
     is_reference: NDArray[np.bool_],
     config: ExperimentConfig,
 ) -> Stratum:
+    (space, (region, extractor)), (factor, name, number) = where, kind
     of_real, of_synthetic = (side.classes[factor] == number for side in (real, synthetic))
     rng = np.random.default_rng(seed_of("stratum", factor, name))
     reference = real.arm.take(of_real & is_reference).draw(MAX_STRATUM, rng)
     judged = synthetic.arm.take(of_synthetic).draw(MAX_STRATUM, rng)
-    region, extractor = place
     results = judge(
         (f"{region}[{factor}={name}]", extractor),
         Arms(real.arm.take(of_real), reference, {"synthetic": judged}),
         config.evaluation.num_bootstrap,
         config.seed,
         (DISTANCE,),
+        space,
     )
     key, distance = next(iter(results.items()), (None, None))
     return Stratum(

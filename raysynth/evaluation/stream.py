@@ -26,7 +26,7 @@ from raysynth.evaluation.findings import replace_file
 from raysynth.evaluation.judge import MIN_SAMPLES
 from raysynth.evaluation.measure import Place
 from raysynth.evaluation.running import Reference, RunningMetrics, RunningValue
-from raysynth.evaluation.sets import load_extractors, patients_of
+from raysynth.evaluation.sets import PIXELS_AT_ONCE, load_extractors, patients_of, space_of
 from raysynth.metrics.features import Extractor
 from raysynth.metrics.running import RunningKernel
 from raysynth.seeding import fingerprint
@@ -65,8 +65,8 @@ class MetricStream:
         """
         self._config, self._mark = config, mark
         self._folder = stream_folder(config)
-        self._extractors = load_extractors(config.evaluation)
         self._samples = open_reference(config)
+        self._extractors = load_extractors(config.evaluation, len(self._samples.shape))
         self._reference = self._load_reference()
         self._state_mark = fingerprint([mark, self._reference_mark])
         self._metrics = _load(self._folder / "state.npz", self._state_mark) or RunningMetrics()
@@ -93,9 +93,9 @@ class MetricStream:
 
         Args:
             first_row: number of the first one in the run.
-            hu: slices (n, y, x).
+            hu: slices (n, y, x) or volumes (n, z, y, x).
             layout: their labels.
-            box: their boxes (n, 4), -1 for none.
+            box: their boxes (n, 4) or (n, 6), -1 for none.
         """
         rows = np.arange(first_row, first_row + len(hu))
         shown = measurable(hu, self._intensity)
@@ -103,7 +103,7 @@ class MetricStream:
             self.save()
 
     def current(self) -> Values:
-        """FID and KID of whole slices by the first extractor; a second old at most, if that pays.
+        """FID and KID of whole samples by the first extractor; a second old at most, if that pays.
 
         None for too few samples.
         """
@@ -130,7 +130,8 @@ class MetricStream:
         for shard in range(run.num_shards):
             count_shard(self._metrics, run, shard, self._extractors)
         self.save()
-        return told_values(self._metrics.compute(self._reference), self._intensity)
+        values = self._metrics.compute(self._reference, space=space_of(self._samples))
+        return told_values(values, self._intensity)
 
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time of this process until it could count, until it had to finish, and then.
@@ -142,7 +143,8 @@ class MetricStream:
 
     def _value(self) -> None:
         self._valued = self._metrics.count
-        values = self._metrics.compute(self._reference, self._watched, self._kernels)
+        space = space_of(self._samples)
+        values = self._metrics.compute(self._reference, self._watched, self._kernels, space)
         self._values = told_values(values, self._intensity)
 
     @property
@@ -181,7 +183,7 @@ def open_reference(config: ExperimentConfig) -> SampleSet:
     count = np.count_nonzero(is_reference(samples))
     if count < MIN_SAMPLES:
         raise InputError(
-            f"samples/{config.samples.name} has {count} slices of test patients, and "
+            f"samples/{config.samples.name} has {count} {space_of(samples)}s of test patients, and "
             f"evaluation.stream compares with at least {MIN_SAMPLES}: ingest more patients, raise "
             "data.split.test, or leave it out"
         )
@@ -239,8 +241,12 @@ def count_shard(
     if not new.any():
         return
     hu, layout = (samples.read(name, start, stop)[new] for name in ("hu", "layout"))
-    shown = measurable(hu, samples.attrs["intensity"])
-    metrics.update(rows[new], shown, layout, samples.index["box"][rows[new]], extractors)
+    rows, box = rows[new], samples.index["box"][rows[new]]
+    block = max(1, PIXELS_AT_ONCE // int(np.prod(samples.shape)))
+    for first in range(0, len(rows), block):
+        some = slice(first, first + block)
+        shown = measurable(hu[some], samples.attrs["intensity"])
+        metrics.update(rows[some], shown, layout[some], box[some], extractors)
 
 
 def told_values(values: Values, intensity: Intensity) -> Values:

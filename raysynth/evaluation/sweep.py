@@ -15,17 +15,18 @@ import zarr
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from raysynth.case import Intensity
-from raysynth.config import ExperimentConfig, HoleFilling
+from raysynth.config import ExperimentConfig, HoleFilling, LayoutGuided
 from raysynth.config.model import hears_scores
 from raysynth.errors import InputError
 from raysynth.evaluation.adherence import found_shares
 from raysynth.evaluation.consistency import ScoreJudge, mean_kappa, mean_scores, rounded
 from raysynth.evaluation.diversity import likeness
+from raysynth.evaluation.fills import Holes, LayoutHoles
 from raysynth.evaluation.intervals import Arm, Figure
 from raysynth.evaluation.judge import MIN_SAMPLES, Arms, judge
 from raysynth.evaluation.measure import Measures, Place, told
-from raysynth.evaluation.sets import check_drawn_by, measure_sets, patients_of
+from raysynth.evaluation.regions import GENERATED
+from raysynth.evaluation.sets import check_drawn_by, measure_sets, patients_of, space_of
 from raysynth.store.reader import SampleSet
 from storage_schema.v1 import SPLITS
 
@@ -102,6 +103,7 @@ def sweep(
     measured: Measures,
     is_reference: NDArray[np.bool_],
     judges: tuple[Place, dict[str, ScoreJudge]] | None,
+    holes: Holes | LayoutHoles | None = None,
 ) -> Sweep:
     """Judges every scale of a recipe by the same patients.
 
@@ -113,14 +115,16 @@ def sweep(
         sets: from `open_scales`.
         real: the real sample set.
         measured: what was measured of it.
-        is_reference: slices that the run itself is judged by.
+        is_reference: samples that the run itself is judged by.
         judges: of scores, and where they look; None: too few nodules.
+        holes: of models guided by layouts: what of a sample is made.
     """
     patients = patients_of(root, {"real": real, **sets})
-    measures = measure_sets(sets, config)
+    # Planned holes are of the run's requests; those of a sweep are others.
+    layout_holes = holes if isinstance(holes, LayoutHoles) else None
+    measures = measure_sets(sets, config, layout_holes)
     reference, compared = _reference(config, real, is_reference)
-    intensity = real.attrs["intensity"]
-    found = _distances(config, sets, measures, measured, patients, compared, intensity)
+    found = _distances(config, sets, real, measures, measured, patients, compared)
     keys = {key.partition("/")[0]: key for of_set in found.values() for key in of_set}
     figures = {
         name: {key.partition("/")[0]: figure for key, figure in of_set.items()}
@@ -196,8 +200,9 @@ def _reference(
 ) -> tuple[str, NDArray[np.bool_]]:
     """Patients to choose by: others than those who judge the run, where there are enough."""
     validating = real.index["split"] == SPLITS.index("val")
-    # Holes are made in slices of test patients.
-    if isinstance(config.model, HoleFilling) or np.count_nonzero(validating) < MIN_SAMPLES:
+    # Holes are made in samples of test patients, and layouts are theirs.
+    hosted = isinstance(config.model, HoleFilling | LayoutGuided)
+    if hosted or np.count_nonzero(validating) < MIN_SAMPLES:
         return "test", is_reference
     return "val", validating
 
@@ -205,19 +210,20 @@ def _reference(
 def _distances(
     config: ExperimentConfig,
     sets: Mapping[str, SampleSet],
+    real_set: SampleSet,
     measures: Mapping[str, Measures],
     measured: Measures,
     patients: Mapping[str, NDArray[np.int64]],
     compared: NDArray[np.bool_],
-    intensity: Intensity,
 ) -> dict[str, dict[str, Figure]]:
-    """FID and KID of whole slices by key, of every set, and their floors as those of `patients`.
+    """FID and KID of whole samples by key, of every set, and their floors as those of `patients`.
 
-    By the first extractor.
+    By the first extractor. Of what is mostly copied, only what was made is compared.
     """
     import ray
 
-    place = next(place for place in measured.tables if place[0] == "all")
+    region = GENERATED if any(place[0] == GENERATED for place in measured.tables) else "all"
+    place = next(place for place in measured.tables if place[0] == region)
     rows, features = measured.tables[place].compute()
     real = Arm(features, patients["real"][rows])
     task = ray.remote(num_cpus=1)(judge)
@@ -229,8 +235,8 @@ def _distances(
         owners = np.where(owners < 0, -1 - np.arange(len(owners)) // 2, owners)[rows_of_set]
         arms = Arms(real, real.take(compared[rows]), {"synthetic": Arm(features, owners)})
         draws, seed = config.evaluation.num_bootstrap, config.seed
-        (shown,) = told({place: (rows, features)}, intensity)
-        asked = shown, arms, draws, seed, ASPECTS["quality"]
+        (shown,) = told({place: (rows, features)}, real_set.attrs["intensity"])
+        asked = shown, arms, draws, seed, ASPECTS["quality"], space_of(real_set)
         futures[name] = task.remote(*asked)  # type: ignore[call-arg]  # Ray forgets the default
     found: dict[str, dict[str, Figure]] = {"patients": {}}
     for name, future in futures.items():

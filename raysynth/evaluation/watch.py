@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from raysynth.config import ExperimentConfig
 from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.running import RunningMetrics
-from raysynth.evaluation.sets import load_extractors
+from raysynth.evaluation.sets import load_extractors, space_of
 from raysynth.evaluation.stream import (
     INTERVAL_S,
     MetricStream,
@@ -57,7 +57,7 @@ def synthesize_watched(config: ExperimentConfig) -> SynthesisSummary:
         InputError: as `synthesize`, or as `MetricStream`.
     """
     mark = plan_mark(config)
-    load_extractors(config.evaluation)
+    load_extractors(config.evaluation, len(config.samples.shape))
     open_reference(config)
     with metric_stream(config, mark) as (name, stream):
         watch = Watch(Sender(name), partial(figures_shown, stream))
@@ -87,7 +87,7 @@ def stream_store(config: ExperimentConfig) -> Values:
     """
     real, run = open_reference(config), open_run(config, plan_mark(config))
     reference = reference_of(config, real, _counted(config, real, is_reference(real)))
-    values = _counted(config, run, None).compute(reference)
+    values = _counted(config, run, None).compute(reference, space=space_of(real))
     return told_values(values, real.attrs["intensity"])
 
 
@@ -191,5 +191,6 @@ def _count_part(
     wanted: NDArray[np.bool_] | None,
 ) -> dict[str, bytes]:
     metrics = RunningMetrics()
-    count_shard(metrics, samples, row["id"], load_extractors(config.evaluation), wanted)
+    extractors = load_extractors(config.evaluation, len(samples.shape))
+    count_shard(metrics, samples, row["id"], extractors, wanted)
     return {"state": metrics.save(PART)}

@@ -16,8 +16,9 @@ from raysynth.metrics.samples import Features, checked_pair, require_finite
 
 Array = NDArray[np.float64]
 
-RADIOMICS = "radiomics@1"
-"""Stands for `radiomic_features` where metric keys name an extractor."""
+RADIOMICS = {2: "radiomics@1", 3: "radiomics3d@1"}
+"""Stands for `radiomic_features` of slices and of volumes where metric keys name an extractor:
+circularity is another thing than sphericity, and a section another than its nodule."""
 
 RADIOMIC_SPREADS = {
     "diameter_mm": 7.0,
@@ -123,10 +124,11 @@ def measurable_masks(mask: Mask) -> Mask:
 
 
 def radiomic_features(hu: Hu, mask: Mask, pixel_mm: float | Sequence[float]) -> NDArray[np.float32]:
-    """`radiomics` in units of real nodules' spread: the features of `radiomics@1`.
+    """`radiomics` in units of real nodules' spread: the features of `RADIOMICS`.
 
     Fixed units keep the Fréchet distance from being one of Hounsfield units alone, and let figures
-    of different runs compare. See `radiomics` for arguments, shapes and errors.
+    of different runs compare; those of sections serve for volumes, too. See `radiomics` for
+    arguments, shapes and errors.
     """
     spreads = np.array(list(RADIOMIC_SPREADS.values()), np.float32)
     return radiomics(hu, mask, pixel_mm) / spreads

@@ -13,7 +13,14 @@ from raysynth.condition import Box
 from raysynth.report import charts
 from raysynth.report.charts import Estimate as Estimate
 from raysynth.report.charts import SweepPanel
-from raysynth.report.pictures import DISPLAY_WINDOW_HU, grey, overlay_svg, png_data_uri
+from raysynth.report.pictures import (
+    DISPLAY_WINDOW_HU,
+    grey,
+    overlay_svg,
+    png_data_uri,
+    scroll,
+    webp_data_uri,
+)
 from raysynth.volume import RELATIVE_RANGE
 from raysynth.window import LUNG_WINDOW_HU
 
@@ -23,12 +30,25 @@ Losses = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 @dataclass(frozen=True)
 class Tile:
-    """One slice as the report shows it."""
+    """One slice, or planes of a volume in one picture, as the report shows it."""
 
     hu: NDArray[np.int16]
     layout: NDArray[np.uint8] | None = None
     box: Box | None = None
     caption: str = ""
+
+
+@dataclass(frozen=True)
+class Scroll:
+    """Volumes that an animation runs through side by side.
+
+    Attributes:
+        volumes: HU (z, y, x) by name; the name says which is real.
+        caption: below it.
+    """
+
+    volumes: Mapping[str, NDArray[np.int16]]
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,9 @@ class SweepSection:
 class ReportData:
     """All that a report shows; see the fields' names in the template.
 
-    `reference` says what the synthetic samples are held against: `real`, or `phantom`.
+    `reference` says what the synthetic samples are held against: `real`, or `phantom`; `space` what
+    a sample is: a `slice` or a `volume`. `scrolls` and `compared` (rows of four: reference, layout,
+    sample and difference) are of volumes.
     """
 
     title: str
@@ -96,6 +118,9 @@ class ReportData:
     sweep: SweepSection | None = None
     limits: dict[str, str] = field(default_factory=dict)
     window_hu: tuple[float, float] = DISPLAY_WINDOW_HU
+    space: str = "slice"
+    scrolls: Sequence[Scroll] = ()
+    compared: Sequence[Sequence[Tile]] = ()
 
 
 @dataclass(frozen=True)
@@ -196,6 +221,15 @@ def write_report(data: ReportData, path: Path) -> None:
             name: [_tile(tile, data.window_hu) for tile in getattr(data, name)]
             for name in _GALLERIES
         },
+        scrolls=[
+            {
+                "webp": webp_data_uri(scroll(one.volumes, data.window_hu)),
+                "caption": one.caption,
+                "names": " and ".join(one.volumes),
+            }
+            for one in data.scrolls
+        ],
+        compared=[[_tile(tile, data.window_hu) for tile in row] for row in data.compared],
         metric_charts=[
             _metric_chart(row)
             for row in data.metrics

@@ -139,7 +139,7 @@ def count_unrequested(
     compact = 0
     for part, place in enumerate(ndimage.find_objects(parts), start=1):
         side = max(axis.stop - axis.start for axis in place)
-        diameter_mm = _diameter(sizes[part], hu.ndim) * pixel_mm
+        diameter_mm = _diameter(float(sizes[part]), hu.ndim) * pixel_mm
         is_compact = sizes[part] >= MIN_FILLED[hu.ndim] * side**hu.ndim
         if COMPACT_MM[0] <= diameter_mm <= COMPACT_MM[1] and is_compact and part not in excluded:
             compact += 1
@@ -151,7 +151,7 @@ def requested_diameter_mm(layout: NDArray[np.uint8], box: Box, pixel_mm: float) 
 
     A layout that shows no nodule there asks for the disc (ball) inside the box.
     """
-    size = np.count_nonzero(layout[within(box)] == Label.NODULE)
+    size = int(np.count_nonzero(layout[within(box)] == Label.NODULE))
     diameter_px = _diameter(size, layout.ndim) if size else box[layout.ndim] - box[0]
     return float(diameter_px) * pixel_mm
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import zarr
 
-from raysynth.evaluation.fills import Holes, border_steps, fill_quality, with_generated
+from raysynth.case import Label
+from raysynth.evaluation.fills import (
+    Holes,
+    LayoutHoles,
+    border_steps,
+    fill_quality,
+    with_generated,
+)
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, set_index, write_rows
-from storage_schema.v1 import synthetic_run
+from storage_schema.v1 import sample_set, synthetic_run
 
 N, SIZE, WINDOW = 12, 16, (-160.0, 240.0)
 Y, X = np.mgrid[:SIZE, :SIZE]
@@ -68,7 +77,7 @@ def test_a_seam_is_a_greater_step_than_the_hosts(sets: dict[str, SampleSet]) -> 
     assert bright.changed == 0
     assert bright.seam == pytest.approx(40 * 26 / (2 * 14 + 12))
     assert spilt.changed == 1
-    assert (fits.mse_hu2, bright.mse_hu2) == (0, 40**2)
+    assert (fits.errors["inside"].mse_hu2, bright.errors["inside"].mse_hu2) == (0, 40**2)
     assert bright.ssim < fits.ssim == 1
 
 
@@ -91,3 +100,83 @@ def test_real_organs_are_whole() -> None:
     found = (np.arange(3), np.zeros((3, 2), np.float32))
     real = {(region, "x@1"): found for region in ("all", "liver", "nodule16")}
     assert set(with_generated(real)) - set(real) == {("generated_liver", "x@1")}
+
+
+SIDE = 16
+LAYOUT = np.full((3, SIDE, SIDE, SIDE), Label.BODY, np.uint8)
+LAYOUT[:, 4:12, 4:12, 4:12] = Label.RIGHT_LUNG
+HOST_ROWS = np.array([4, 0, 4])
+
+
+def _write_volumes(root: zarr.Group) -> None:
+    """Five real volumes, and three on their layouts: 20 HU brighter inside, 2 outside."""
+    shared = {"kind": "patches", "intensity": "hu", "parent_snapshot": "none", "cases": []}
+    shared |= {"pixel_mm": 5.0}
+    real = np.arange(5)[:, None, None, None] * 10 - 300 + np.zeros((1, *[SIDE] * 3))
+    cut = {"fingerprint": "f" * 12, "settings": {}, "spacing_mm": 5.0, "field_of_view_mm": 80.0}
+    spec = sample_set(5, real.shape[1:])
+    group = create_sample_set(root, "samples/patches", spec, shared | cut)
+    write_rows(group, 0, {"hu": real.astype(np.int16), "layout": np.zeros(real.shape, np.uint8)})
+    drawn = {"bundle": "b" * 64, "plan": "p" * 12, "source_set": "patches", "passport": {}}
+    spec = synthetic_run(3, real.shape[1:])
+    group = create_sample_set(root, "synthetic/volumes", spec, shared | drawn)
+    set_index(group, {"source_sample": HOST_ROWS})
+    hu = real[HOST_ROWS] + np.where(LAYOUT == Label.RIGHT_LUNG, 20, 2)
+    write_rows(group, 0, {"hu": hu.astype(np.int16), "layout": LAYOUT})
+
+
+def test_errors_of_volumes_against_the_hosts_of_their_layouts(tmp_path: Path) -> None:
+    url = str(tmp_path / "store")
+    with StoreRun(url, verb="test", fingerprint="f" * 12) as run:
+        run.declare(_write_volumes, "volumes")
+        run.publish("volumes")
+    root = open_root(url)
+    real, drawn = (
+        SampleSet(open_group(root, path)) for path in ("samples/patches", "synthetic/volumes")
+    )
+    made = (Label.RIGHT_LUNG,)
+    kept = fill_quality(drawn, LayoutHoles(made, True, real), np.arange(3), (-1000.0, 400.0))
+    inside = 8**3 / SIDE**3
+    assert kept.n == 3
+    assert kept.changed == kept.known == 3 * (SIDE**3 - 8**3)  # a fault that is seen
+    assert kept.copied_fraction == pytest.approx(1 - inside)
+    assert kept.errors["inside"].mse_hu2 == 20**2
+    assert kept.errors["outside"].mse_hu2 == 2**2
+    assert kept.errors["whole"].mse_hu2 == pytest.approx(inside * 20**2 + (1 - inside) * 2**2)
+    assert kept.errors["inside"].mse == pytest.approx((20 * 2 / 1400) ** 2)
+    drawn_whole = fill_quality(
+        drawn, LayoutHoles(made, False, real), np.arange(3), (-1000.0, 400.0)
+    )
+    assert drawn_whole.errors == kept.errors
+    assert (drawn_whole.changed, drawn_whole.known, drawn_whole.seam) == (None, None, None)
+    assert drawn_whole.copied_fraction == 0
+
+
+def test_a_host_nodule_that_gave_way_was_made_too(tmp_path: Path) -> None:
+    """A model that is told of nodules alone draws lung where the host's was: that is no fault."""
+    url = str(tmp_path / "store")
+
+    def write(root: zarr.Group) -> None:
+        _write_volumes(root)
+        host = np.zeros((5, *[SIDE] * 3), np.uint8)
+        host[:, :2] = Label.NODULE
+        write_rows(open_group(root, "samples/patches"), 0, {"layout": host})
+
+    with StoreRun(url, verb="test", fingerprint="f" * 12) as run:
+        run.declare(write, "volumes")
+        run.publish("volumes")
+    root = open_root(url)
+    real, drawn = (
+        SampleSet(open_group(root, path)) for path in ("samples/patches", "synthetic/volumes")
+    )
+    holes = LayoutHoles((Label.NODULE,), True, real)
+    found = fill_quality(drawn, holes, np.arange(3), (-1000.0, 400.0))
+    assert found.known == 3 * (SIDE - 2) * SIDE**2
+    assert found.errors["inside"].mse_hu2 == 2**2
+
+
+def test_what_was_made_follows_from_the_layout() -> None:
+    holes = LayoutHoles((Label.RIGHT_LUNG,), True, None)  # type: ignore[arg-type]
+    assert np.array_equal(holes.of(LAYOUT, 0), LAYOUT == Label.RIGHT_LUNG)
+    everything = LayoutHoles((Label.RIGHT_LUNG,), False, None)  # type: ignore[arg-type]
+    assert everything.of(LAYOUT, 0).all()
