@@ -36,6 +36,7 @@ def toy(patients: int, each: int = 3, seed: int = 0, prefix: str = "p") -> Examp
     return Examples(
         hu=hu.astype(np.int16),
         layout=layout,
+        pixel_mm=np.ones(count, np.float32),
         box=box,
         patient=np.repeat([f"{prefix}{number}" for number in range(patients)], each),
         plane=np.arange(count),
