@@ -22,11 +22,12 @@ class Imbalance(Section):
 
 
 class DownstreamConfig(Section):
-    """Networks that are trained on real slices, on real and synthetic ones, and on controls."""
+    """Networks that are trained on real samples, on real and synthetic ones, and on controls."""
 
     tasks: tuple[Task, ...] = ("classification", "localisation", "segmentation")
     """`classification`: nodule or none, on crops. `malignancy`: benign or malignant nodules, where
-    readers rated them. `localisation`: boxes on slices. `segmentation`: the nodule's pixels."""
+    readers rated them. `localisation`: boxes on slices. `segmentation`: the nodule's pixels; the
+    only one for volumes."""
     folds: int = Field(10, ge=2)
     """Of the patients whom the generator was not trained on. With fewer than 6 no signed-rank test
     can be significant."""
@@ -38,12 +39,13 @@ class DownstreamConfig(Section):
     """Leave out synthetic samples in which the nodule asked for was not found."""
     augmented_copies: int = Field(4, ge=0)
     """Flipped, turned, shifted and noisy copies of every real sample in the arm `augmented`; 0:
-    no such arm."""
+    no such arm. Volumes are turned by quarters in the axial plane, and not shifted."""
     imbalance: Imbalance | None = None
     """Also thin out one kind of nodule; needs ratings, and requests for such nodules."""
     steps: int = Field(2000, ge=1)
     """Optimizer steps of every network: the same in all arms, so more data is not more training."""
     batch_size: int = Field(32, ge=2)
+    """Samples a step; of volumes crops of up to 64 voxels a side."""
     detection_batch_size: int = Field(4, ge=1)
     """Of `localisation`, whose images are whole slices."""
     learning_rate: float = Field(1e-3, gt=0)

@@ -1,4 +1,4 @@
-"""The networks that MONAI supplies.
+"""The networks that MONAI supplies, and how one looks at a volume larger than its crops.
 
 `import monai` imports every module of it, and through them two large packages that it takes as
 optional and that these networks do not need. Hidden meanwhile, they leave a worker's start half
@@ -13,6 +13,7 @@ _HIDDEN = [name for name in ("torchvision", "transformers") if name not in sys.m
 for _name in _HIDDEN:
     sys.modules[_name] = None  # type: ignore[assignment]  # "there is no such module"
 try:
+    from monai.inferers.utils import sliding_window_inference
     from monai.networks.blocks.spade_norm import SPADE
     from monai.networks.blocks.upsample import UpSample
     from monai.networks.nets.autoencoderkl import AEKLResBlock, AutoencoderKL
@@ -35,4 +36,5 @@ __all__ = [
     "SPADEDiffusionModelUNet",
     "UNet",
     "UpSample",
+    "sliding_window_inference",
 ]

@@ -1,4 +1,4 @@
-"""Slices of a trial that are easy to tell apart, and whose every figure is known."""
+"""Samples of a trial that are easy to tell apart, and whose every figure is known."""
 
 from __future__ import annotations
 
@@ -36,11 +36,37 @@ def toy(patients: int, each: int = 3, seed: int = 0, prefix: str = "p") -> Examp
     return Examples(
         hu=hu.astype(np.int16),
         layout=layout,
+        pixel_mm=np.ones(count, np.float32),
         box=box,
         patient=np.repeat([f"{prefix}{number}" for number in range(patients)], each),
         plane=np.arange(count),
         scores=scores,
         malignancy=np.where(scores[:, 0] > 3, 5, 1).astype(np.float32),
+        held_out=np.ones(count, bool),
+    )
+
+
+def toy_volumes(patients: int, each: int = 1, side: int = 16, seed: int = 0) -> Examples:
+    """Lungs of noise, each with one bright ball; none was cut for it. All patients are held out."""
+    rng = np.random.default_rng(seed)
+    count = patients * each
+    hu = rng.normal(-850, 60, (count, side, side, side))
+    layout = np.full(hu.shape, Label.LEFT_LUNG, np.uint8)
+    places = np.indices((side,) * 3)
+    for volume, labels in zip(hu, layout, strict=True):
+        radius = rng.uniform(2, 4)
+        middle = rng.uniform(radius, side - 1 - radius, 3)
+        ball = np.square(places - middle[:, None, None, None]).sum(axis=0) <= radius**2
+        volume[ball], labels[ball] = 30, Label.NODULE
+    return Examples(
+        hu=hu.astype(np.int16),
+        layout=layout,
+        pixel_mm=np.ones(count, np.float32),
+        box=np.full((count, 6), -1, np.int16),
+        patient=np.repeat([f"p{number}" for number in range(patients)], each),
+        plane=np.arange(count),
+        scores=np.full((count, 5), np.nan, np.float32),
+        malignancy=np.full(count, np.nan, np.float32),
         held_out=np.ones(count, bool),
     )
 

@@ -1,4 +1,4 @@
-"""What the networks of a trial are trained on: real slices, more of them, or synthetic ones too."""
+"""What the networks of a trial are trained on: real samples, more of them, or synthetic too."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from raysynth.errors import InputError
 from raysynth.evaluation.downstream.augment import augmented
 from raysynth.evaluation.downstream.examples import Examples, concatenate, of_texture
 from raysynth.evaluation.downstream.folds import Fold, refuse_leaks
+from raysynth.evaluation.downstream.volumes import Volumes
 from raysynth.seeding import seed_of
 
 Rows = NDArray[np.int64]
@@ -128,13 +129,23 @@ def lent(task: Task, synthetic: Examples, fold: Fold, seed: int) -> Rows:
 
 
 def samples_of(arm: Arm, real: Examples, synthetic: Mapping[str, Examples], seed: int) -> Examples:
-    """The training samples of an arm."""
+    """The training slices of an arm."""
     parts = [real.take(arm.real)]
     if arm.copies:
         parts.append(augmented(parts[0], arm.copies, np.random.default_rng(seed)))
     if len(arm.synthetic):
         parts.append(synthetic[arm.origin].take(arm.synthetic))
     return concatenate(parts)
+
+
+def volumes_of(arm: Arm, real: Examples, synthetic: Mapping[str, Examples], seed: int) -> Volumes:
+    """The training volumes of an arm."""
+    volumes = own = Volumes.of(real, arm.real)
+    if arm.copies:
+        volumes += own.augmented(arm.copies, np.random.default_rng(seed))
+    if len(arm.synthetic):
+        volumes += Volumes.of(synthetic[arm.origin], arm.synthetic)
+    return volumes
 
 
 def _thinned(

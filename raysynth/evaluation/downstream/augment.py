@@ -1,8 +1,9 @@
-"""Classic augmentation: what can be had from real slices without any generator."""
+"""Classic augmentation: what can be had from real samples without any generator."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ MAX_SHIFT = 0.04
 """Of the slice's side."""
 
 MAX_NOISE_HU = 40.0
+"""Standard deviation; each copy draws its own."""
+
+Value = TypeVar("Value", bound=np.generic)
 
 
 def augmented(examples: Examples, copies: int, rng: np.random.Generator) -> Examples:
@@ -25,6 +29,23 @@ def augmented(examples: Examples, copies: int, rng: np.random.Generator) -> Exam
     Layout and box go with the image.
     """
     return concatenate([_moved(examples, rng) for _ in range(copies)])
+
+
+def turned(volume: NDArray[Value], quarters: int, is_mirrored: bool) -> NDArray[Value]:
+    """A view of a volume (z, y, x) turned in the axial plane and mirrored left to right.
+
+    No voxel is interpolated, and a crop of it is the crop of the volume, turned.
+    """
+    view = np.rot90(volume, quarters, axes=(1, 2))
+    return view[:, :, ::-1] if is_mirrored else view
+
+
+def noisy(hu: NDArray[np.int16], noise_hu: float, rng: np.random.Generator) -> NDArray[np.int16]:
+    """With noise of that standard deviation; nothing is darker than air."""
+    if not noise_hu:
+        return hu
+    noise = noise_hu * rng.standard_normal(hu.shape, np.float32)
+    return np.rint(np.maximum(hu + noise, AIR_HU)).astype(np.int16)
 
 
 def _moved(examples: Examples, rng: np.random.Generator) -> Examples:

@@ -21,21 +21,21 @@ class Fold:
     test: frozenset[str]
 
     def tests(self, patient: NDArray[np.str_]) -> NDArray[np.bool_]:
-        """Which slices are of test patients, or were drawn on the layout of one."""
+        """Which samples are of test patients, or were drawn on the layout of one."""
         return np.isin(patient, sorted(self.test))
 
 
 def make_folds(real: Examples, count: int, seed: int) -> list[Fold]:
     """Deals the held-out patients into folds, those who have a nodule to show first.
 
-    The order is by a hash of seed and patient: other patients' slices, their number or their order
+    The order is by a hash of seed and patient: other patients' samples, their number or their order
     change nothing, and every fold has nearly the same number of patients with a nodule.
 
     Raises:
         InputError: fewer held-out patients with a nodule than folds.
     """
     held_out = set(real.patient[real.held_out].tolist())
-    showing = set(real.patient[real.held_out & real.boxed].tolist())
+    showing = set(real.patient[real.held_out & real.showing].tolist())
     if len(showing) < count:
         raise InputError(
             f"downstream.folds {count}, but {len(showing)} patients with a nodule were held out "

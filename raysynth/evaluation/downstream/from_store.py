@@ -1,4 +1,4 @@
-"""The trial of a recipe's synthetic run: slices from the store, figures to a file and a page."""
+"""The trial of a recipe's synthetic run: samples from the store, figures to a file and a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raysynth.errors import InputError
 from raysynth.evaluation.consistency import mean_scores
 from raysynth.evaluation.downstream.examples import NOBODY, Examples
 from raysynth.evaluation.downstream.report import all_verdicts, usefulness_page
-from raysynth.evaluation.downstream.trial import Trial, run_trial
+from raysynth.evaluation.downstream.trial import Trial, check_tasks, run_trial
 from raysynth.evaluation.findings import write_findings
 from raysynth.evaluation.notices import kind_notices
 from raysynth.evaluation.sets import check_drawn_by
@@ -43,7 +43,7 @@ class DownstreamSummary:
         name: of the synthetic run.
         verdicts: a sentence for each arm.
         patients: real ones in all, and held out from the generator.
-        samples: real slices, and synthetic ones that could be used.
+        samples: real ones, and synthetic ones that could be used.
         indicative: so few held-out patients that every figure is no more than a hint.
         notices: what a reader must know beside the figures.
         snapshot: of the store that was read.
@@ -71,9 +71,11 @@ def downstream(config: ExperimentConfig) -> DownstreamSummary:
 
     Raises:
         InputError: no synthetic run, or one of another bundle or settings; its bundle is gone, or
-            has learned from patients who are held out now; too few patients or samples.
+            has learned from patients who are held out now; too few patients or samples; a task that
+            volumes have no network for.
     """
     started = time.monotonic()
+    check_tasks(config.downstream.tasks, len(config.samples.shape))
     snapshot = main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
     samples = SampleSet(open_group(root, f"samples/{config.samples.name}"))
@@ -129,7 +131,7 @@ def taught(config: ExperimentConfig) -> frozenset[str]:
 
 
 def read_real(root: zarr.Group, samples: SampleSet, taught: frozenset[str]) -> Examples:
-    """The slices of patients. Who validated or tested while the generator learned is held out.
+    """The samples of patients. Who validated or tested while the generator learned is held out.
 
     Args:
         root: of the store.
@@ -149,17 +151,13 @@ def read_real(root: zarr.Group, samples: SampleSet, taught: frozenset[str]) -> E
     of_case = np.array([case.patient_key for case in cases])
     case, ratings = samples.index["case"], samples.index["ratings"]
     scores = np.stack(list(mean_scores(ratings).values()), axis=1)
-    _, plane = np.unique(
-        np.stack([case.astype(np.float64), samples.index["z_mm"]]), axis=1, return_inverse=True
-    )
-    if _shows_crops(samples):  # crops of one plane lie around different nodules
-        plane = np.arange(samples.count)
     return Examples(
         hu=measurable(samples.read("hu"), samples.attrs["intensity"]),
         layout=samples.read("layout"),
+        pixel_mm=_pixel_mm(samples),
         box=samples.index["box"],
         patient=of_case[case],
-        plane=plane.reshape(-1).astype(np.int64),
+        plane=_planes(samples),
         scores=scores.astype(np.float32),
         malignancy=_malignancy(ratings),
         held_out=samples.index["split"] != SPLITS.index("train"),
@@ -167,7 +165,7 @@ def read_real(root: zarr.Group, samples: SampleSet, taught: frozenset[str]) -> E
 
 
 def read_synthetic(root: zarr.Group, run: SampleSet, accepted_only: bool) -> Examples:
-    """The slices of a synthetic run; their patients are those who lent the layouts.
+    """The samples of a synthetic run; their patients are those who lent the layouts.
 
     Raises:
         InputError: none is left.
@@ -185,6 +183,7 @@ def read_synthetic(root: zarr.Group, run: SampleSet, accepted_only: bool) -> Exa
     everything = Examples(
         hu=measurable(run.read("hu"), run.attrs["intensity"]),
         layout=run.read("layout"),
+        pixel_mm=_pixel_mm(run),
         box=run.index["box"],
         # Row -1 is the last one: nobody.
         patient=np.array([*of_case, NOBODY])[run.index["source_case"]],
@@ -196,8 +195,18 @@ def read_synthetic(root: zarr.Group, run: SampleSet, accepted_only: bool) -> Exa
     return everything.take(chosen)
 
 
-def _shows_crops(samples: SampleSet) -> bool:
-    return bool(samples.attrs["settings"].get("centre") == "nodule")
+def _planes(samples: SampleSet) -> NDArray[np.int64]:
+    """The same number for rows of the same image."""
+    is_crop = samples.attrs["settings"].get("centre") == "nodule"
+    if is_crop or samples.attrs["kind"] == "patches":
+        return np.arange(samples.count)  # those of one plane lie around different places
+    place = np.stack([samples.index["case"].astype(np.float64), samples.index["z_mm"]])
+    _, plane = np.unique(place, axis=1, return_inverse=True)
+    return plane.reshape(-1).astype(np.int64)
+
+
+def _pixel_mm(samples: SampleSet) -> NDArray[np.float32]:
+    return np.full(samples.count, samples.pixel_mm, np.float32)
 
 
 def _malignancy(ratings: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -210,6 +219,7 @@ def _malignancy(ratings: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _check_alike(config: ExperimentConfig, samples: SampleSet, run: SampleSet) -> None:
     for what, of_run, of_set in (
+        ("kind", run.attrs["kind"], samples.attrs["kind"]),
         ("intensity", run.attrs["intensity"], samples.attrs["intensity"]),
         ("pixels a side", run.shape[-1], samples.shape[-1]),
         ("pixels of mm", round(run.pixel_mm, 6), round(samples.pixel_mm, 6)),

@@ -7,8 +7,20 @@ from collections.abc import Mapping
 from raysynth.evaluation.downstream.figures import Difference, Metric
 from raysynth.evaluation.downstream.trial import ArmResult, Trial
 from raysynth.report.html import UsefulnessPage
+from raysynth.sampling.cohort import DIAMETERS
 
-SPOKEN = {"auc": "AUC", "f1": "F1", "lesion_sensitivity": "lesions found"}
+SPOKEN = {
+    "auc": "AUC",
+    "f1": "F1",
+    "lesion_sensitivity": "lesions found",
+    "lesion_dice": "dice of lesions",
+    "voxel_sensitivity": "sensitivity of voxels",
+    "voxel_specificity": "specificity of voxels",
+}
+
+SPOKEN_SIZES = dict(
+    zip(DIAMETERS, ("below 6 mm", "6 to 8 mm", "8 to 15 mm", "15 mm and more"), strict=True)
+)
 
 HEADINGS = {1: "helps", 0: "no difference is certain", -1: "hurts"}
 
@@ -19,6 +31,9 @@ def usefulness_page(name: str, trial: Trial, notices: list[str]) -> UsefulnessPa
     for title, headline, arms in _groups(trial):
         tables[title] = table(arms, headline)
         said[title] = verdicts(arms, headline)
+        if any(_size_of(metric) for metric in next(iter(arms.values())).metrics):
+            sizes = f"{title}: lesions by their diameter"
+            tables[sizes], said[sizes] = table_by_size(arms), []
     left = {origin: sum(counts) for origin, counts in trial.excluded.items()}
     excluded = "; ".join(
         f"{count} samples of {origin} lie on layouts of test patients and were left out of the "
@@ -63,9 +78,9 @@ def verdict(name: str, metric: Metric, base: str, headline: str) -> str:
 
 
 def table(arms: Mapping[str, ArmResult], headline: str) -> list[list[str]]:
-    """Heading, and a row for each arm: all metrics, and what sets it apart from the first."""
+    """Heading, and a row for each arm: metrics, and what sets it apart from the first."""
     base, *_ = arms
-    names = list(arms[base].metrics)
+    names = [name for name in arms[base].metrics if not _size_of(name)]
     spoken_headline = spoken(headline)
     heading = ["arm", "real", "synthetic", *map(spoken, names)]
     heading += [f"{spoken_headline} against {base}", "p rank-sum", "p signed-rank"]
@@ -82,8 +97,21 @@ def table(arms: Mapping[str, ArmResult], headline: str) -> list[list[str]]:
     return [heading, *rows]
 
 
+def table_by_size(arms: Mapping[str, ArmResult]) -> list[list[str]]:
+    """Heading, and a row for each arm: the metrics of lesions of one class of diameter."""
+    base, *_ = arms
+    names = [name for name in arms[base].metrics if _size_of(name)]
+    rows = [
+        [name, *(_percent(arm.metrics[metric]) for metric in names)] for name, arm in arms.items()
+    ]
+    return [["arm", *map(spoken, names)], *rows]
+
+
 def spoken(metric: str) -> str:
     """A metric's name as tables have it."""
+    size = _size_of(metric)
+    if size:
+        return f"{spoken(metric.removesuffix(f'_{size}'))}, {SPOKEN_SIZES[size]}"
     return SPOKEN.get(metric, metric.upper() if metric[-1].isdigit() else metric)
 
 
@@ -96,6 +124,11 @@ def _groups(trial: Trial) -> list[tuple[str, str, Mapping[str, ArmResult]]]:
         if result.rare:
             groups.append((f"{task}, rare nodules alone", result.headline, result.rare))
     return groups
+
+
+def _size_of(metric: str) -> str:
+    """The class of diameters that a metric is about; empty: it is about all lesions."""
+    return next((name for name in DIAMETERS if metric.endswith(f"_{name}")), "")
 
 
 def _percent(metric: Metric) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.sampling.cohort import DIAMETERS
+
 Table = dict[str, NDArray[Any]]
 """Columns of equal length, by name."""
 
@@ -100,24 +102,44 @@ def average_precision(
 def segmentation_figures(table: Table, weight: Weights) -> dict[str, float]:
     """Mean Dice of patients, and the share of lesions found.
 
+    Of volumes also sensitivity and specificity of voxels, means of patients as well, and the mean
+    Dice of lesions; lesions besides by classes of their diameter, NaN where there are none.
+
     Args:
-        table: columns `patient` (by number), `both`, `drawn`, `true` (pixels of a slice),
-            `lesions` and `found` (numbers in a slice).
+        table: columns `patient` (by number), `both`, `drawn`, `true` (pixels of a sample),
+            `lesions` and `found` (numbers in a sample). Of volumes also `voxels` (of a sample) and,
+            by `DIAMETERS` (n, 4), numbers `lesions_by_size` and `found_by_size`, and
+            `dice_by_size`, the sum over the lesions.
         weight: of its rows; the rows of a patient have the same.
     """
     case = table["patient"]
     both, drawn, true = (np.bincount(case, table[name]) for name in ("both", "drawn", "true"))
-    slices = np.bincount(case)
-    of_case = np.divide(
-        np.bincount(case, weight), slices, out=np.zeros(len(slices)), where=slices > 0
-    )
-    judged = true > 0
-    dice = 2 * both[judged] / (drawn[judged] + true[judged])
+    rows = np.bincount(case)
+    of_case = np.divide(np.bincount(case, weight), rows, out=np.zeros(len(rows)), where=rows > 0)
+
+    def mean(part: NDArray[Any], whole: NDArray[Any], judged: NDArray[np.bool_]) -> float:
+        of_judged = of_case[judged]
+        total = float((of_judged * (part[judged] / whole[judged])).sum())
+        return _share(total, of_judged.sum(), np.nan)
+
     lesions, found = ((weight * table[name]).sum() for name in ("lesions", "found"))
-    return {
-        "dice": _share(float((of_case[judged] * dice).sum()), of_case[judged].sum(), np.nan),
+    figures = {
+        "dice": mean(2 * both, drawn + true, true > 0),
         "lesion_sensitivity": _share(found, lesions, np.nan),
     }
+    if "voxels" not in table:
+        return figures
+    others = np.bincount(case, table["voxels"]) - true
+    by_size = {name: weight @ table[f"{name}_by_size"] for name in ("lesions", "found", "dice")}
+    figures |= {
+        "lesion_dice": _share(by_size["dice"].sum(), lesions, np.nan),
+        "voxel_sensitivity": mean(both, true, true > 0),
+        "voxel_specificity": mean(others - drawn + both, others, others > 0),
+    }
+    for figure, name in (("lesion_dice", "dice"), ("lesion_sensitivity", "found")):
+        for size, part, whole in zip(DIAMETERS, by_size[name], by_size["lesions"], strict=True):
+            figures[f"{figure}_{size}"] = _share(part, whole, np.nan)
+    return figures
 
 
 def _share(part: float, whole: float, otherwise: float = 0.0) -> float:

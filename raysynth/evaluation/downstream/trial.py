@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,15 @@ import numpy as np
 
 from raysynth.config.downstream import DownstreamConfig, Task
 from raysynth.errors import InputError
-from raysynth.evaluation.downstream.arms import REAL, Arm, is_rare, plan_arms, samples_of, usable
+from raysynth.evaluation.downstream.arms import (
+    REAL,
+    Arm,
+    is_rare,
+    plan_arms,
+    samples_of,
+    usable,
+    volumes_of,
+)
 from raysynth.evaluation.downstream.examples import Examples, of_texture
 from raysynth.evaluation.downstream.figures import ALPHA, Figures, Measure, figures_of
 from raysynth.evaluation.downstream.folds import Fold, make_folds
@@ -24,7 +32,8 @@ from raysynth.evaluation.intervals import MIN_PATIENTS
 from raysynth.progress import progress
 from raysynth.seeding import seed_of
 
-Learn = Callable[[Examples, Examples, DownstreamConfig, int], Table]
+Learn = Callable[[Any, Examples, DownstreamConfig, int], Table]
+"""Of training samples (slices as `Examples`, volumes as `Volumes`), test samples, config, seed."""
 
 HEADLINES: dict[Task, str] = {
     "classification": "accuracy",
@@ -106,14 +115,16 @@ def run_trial(
     Needs a Ray session (`raysynth.session.connect`).
 
     Args:
-        real: slices of patients; those that are `held_out` test in turn, all others only teach.
-        synthetic: slices by origin, each with arms of its own.
+        real: samples of patients; those that are `held_out` test in turn, all others only teach.
+        synthetic: samples by origin, each with arms of its own.
         config: of the trial.
         seed: of folds, samples and trainings.
 
     Raises:
-        InputError: too few patients or samples, or a test patient among those who teach.
+        InputError: too few patients or samples, a test patient among those who teach, or a task
+            that volumes have no network for.
     """
+    check_tasks(config.tasks, real.spatial_dims)
     folds = make_folds(real, config.folds, seed)
     jobs = [
         _Job(task, fold, arm, number)
@@ -134,6 +145,20 @@ def run_trial(
         },
         notices=_notices(real, jobs, config),
     )
+
+
+def check_tasks(tasks: Sequence[Task], spatial_dims: int) -> None:
+    """Refuses what only slices can be tried by.
+
+    Raises:
+        InputError: says which tasks, and what to do.
+    """
+    refused = [task for task in tasks if task != "segmentation"]
+    if spatial_dims == 3 and refused:
+        raise InputError(
+            f"downstream.tasks {', '.join(refused)}: these networks see slices, and the samples "
+            "are volumes; set downstream.tasks=[segmentation]"
+        )
 
 
 def learn_task(task: Task) -> tuple[Learn, Measure]:
@@ -194,7 +219,8 @@ def _train_and_test(
     torch.manual_seed(own)
     tests = usable(job.task, real, is_real=True) & job.fold.tests(real.patient)
     test = real.take(tests)
-    train = samples_of(job.arm, real, synthetic, own)
+    taught = volumes_of if real.spatial_dims == 3 else samples_of
+    train = taught(job.arm, real, synthetic, own)
     learn, _ = learn_task(job.task)
     table = learn(train, test, config, own)
     rows = table.pop("row")
