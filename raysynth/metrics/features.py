@@ -145,9 +145,10 @@ class CtConv:
             scaled = functional.avg_pool2d(scaled, 2)
         grid = functional.adaptive_avg_pool2d(images, 3).flatten(1)
         pixels = images.flatten(1)
-        band = torch.bucketize(pixels, self._edges)
-        shares = [(band == k).float().mean(1) for k in range(len(self._edges) + 1)]
-        bands = torch.stack([*shares, pixels.std(1)], 1)
+        count = pixels.shape[1]
+        above = torch.stack([(pixels > edge).sum(1) for edge in self._edges], 1)  # (B, edges)
+        shares = -torch.diff(functional.pad(above, (1, 0), value=count), append=0 * above[:, :1])
+        bands = torch.cat([shares / count, pixels.std(1, keepdim=True)], 1)
         response_gain, grid_gain, band_gain = self.gains
         return torch.cat(
             [torch.cat(responses, 1) * response_gain, grid * grid_gain, bands * band_gain], 1
