@@ -5,7 +5,7 @@ python -m jobs.benchmarks.usefulness [--tasks TASK ...] [--seeds N] [--work-dir 
 A few phantom patients are the real ones. A perfect generator is played by other phantom patients,
 with other nodules, cut the same way; a broken one by the same slices, each with the layout and box
 of another. With the perfect one's samples networks have to become better, for certain; with the
-broken one's they must not, nor with the real samples twice over. Most of its time is training (144
+broken one's they must not, nor with the real samples twice over. Most of its time is training (192
 networks of 150 steps); `--work-dir` keeps the phantoms for another time. Prints tables, verdicts
 and a line of JSON; exits 1 where the right answer is not found.
 """
@@ -35,7 +35,7 @@ from raysynth.session import connect
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 
-NUM_REAL, NUM_OTHERS, RATIO = 10, 60, 4.0
+NUM_REAL, NUM_OTHERS, RATIO = 16, 60, 4.0
 
 TASKS: tuple[Task, ...] = ("classification",)
 
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     config = DownstreamConfig.model_validate(TRIAL.model_dump() | changes)
     with tempfile.TemporaryDirectory() as folder, connect():
         work_dir = options.work_dir or Path(folder)
-        real = phantoms(work_dir / "real", NUM_REAL, (3, 5), seed=0, test=0.98)
+        real = phantoms(work_dir / "real", NUM_REAL, (2, 4), seed=0, test=0.98)
         others = phantoms(work_dir / "others", NUM_OTHERS, (7, 9), seed=1, test=0.02)
         perfect = replace(
             others,

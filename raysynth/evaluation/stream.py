@@ -45,7 +45,7 @@ STATE_VERSION = 1
 INTERVAL_S = 1.0
 """Values and saved states are no more frequent."""
 
-VALUES_SHARE, SAVING_SHARE = 0.01, 0.005
+VALUES_SHARE, SAVING_SHARE = 0.01, 0.002
 """Of one core's time: what takes long is done less often."""
 
 
