@@ -96,10 +96,8 @@ def _with_new_nodules(
     anatomy = without_nodules(samples.read("layout", host, host + 1)[0])
     depth = lung_depth(anatomy)
     if given.centre == "nodule":
-        # A crop's own nodule was in its middle, and is so again, however near the pleura.
-        middle = (given.size // 2,) * anatomy.ndim
-        is_lung, depth = depth[middle] > 0, np.zeros(depth.shape)
-        depth[middle] = np.inf if is_lung else 0
+        # The new nodule comes to where the crop's own was, however near the pleura.
+        depth = np.where(_nearest_lung(depth, samples.index["box"][host]), np.inf, 0.0)
     in_planes = isinstance(given, SliceSamples) and given.nodule_slices == "all"
     plan = []
     for turn in turns:
@@ -126,6 +124,17 @@ def _with_new_nodules(
         condition = Condition(box=box, attributes=attributes)
         plan.append(PlannedSample(turn.sample_id, turn.seed, condition, host, lent))
     return plan
+
+
+def _nearest_lung(depth: NDArray[np.float64], box: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """The pixel of lung nearest to the middle of a box, or of the crop if there is no box."""
+    corners = box.reshape(2, -1) if box[0] >= 0 else np.array([np.zeros(depth.ndim), depth.shape])
+    pixels = np.argwhere(depth > 0)
+    nearest = np.zeros(depth.shape, bool)
+    if len(pixels):
+        distance = np.linalg.norm(pixels - (corners.mean(axis=0) - 0.5), axis=1)
+        nearest[tuple(pixels[distance.argmin()])] = True
+    return nearest
 
 
 @dataclass(frozen=True)

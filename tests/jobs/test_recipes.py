@@ -117,6 +117,57 @@ def test_a_system_runs_to_its_report(work_dir: Path, name: str) -> None:
         _judge(name, work_dir)
 
 
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the store of the tiny recipes of volumes."""
+    path = tmp_path_factory.mktemp("tiny3d")
+    _warm_up()
+    run("ingest", "lung_ddpm_tiny", path)
+    run("shard", "lung_ddpm_tiny", path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["lung_ddpm_tiny", "lung_ddpm_patch_tiny", "pix2pix3d_tiny", "lidc_flow3d_tiny"]
+)
+def test_volumes_are_drawn_and_judged(volumes: Path, name: str) -> None:
+    verbs = ["train", "synthesize"]
+    if name == "lung_ddpm_patch_tiny":
+        verbs = ["shard", *verbs]
+    if name == "lidc_flow3d_tiny":
+        run("train", "lidc_kl3d_tiny", volumes)
+        verbs = ["encode", *verbs]
+    for verb in verbs:
+        run(verb, name, volumes)
+    root, config = open_root(str(volumes / "store")), load_recipe(RECIPES / f"{name}.yaml")
+    drawn = SampleSet(open_group(root, f"synthetic/{name}"))
+    real = SampleSet(open_group(root, f"samples/{config.samples.name}"))
+    assert drawn.shape == real.shape == (16, 16, 16)
+    for row, host in enumerate(drawn.index["source_sample"].tolist()):
+        hu, own = drawn.read("hu", row, row + 1)[0], real.read("hu", host, host + 1)[0]
+        same = float(np.mean(hu == own))
+        assert same >= drawn.index["copied_fraction"][row]
+        assert (same > 0.5) == config.copies
+    assert validate(volumes / "store", full=True) == []
+    run("evaluate", name, volumes)
+    assert (volumes / "evaluation" / f"{name}.html").exists()
+
+
+def test_a_bundle_draws_larger_volumes_in_tiles(volumes: Path) -> None:
+    larger = (
+        "data.samples.name=large",
+        "data.samples.size=24",
+        "data.samples.field_of_view_mm=480",
+    )
+    run("train", "lung_ddpm_tiny", volumes)
+    bundle = f"bundle={volumes / 'bundles' / 'lung_ddpm_tiny'}"
+    run("shard", "lung_ddpm_tiny", volumes, *larger)
+    settings = (*larger, bundle, "name=in_tiles", "evaluation.controls=false")
+    run("synthesize", "lung_ddpm_tiny", volumes, *settings)
+    root = open_root(str(volumes / "store"))
+    assert SampleSet(open_group(root, "synthetic/in_tiles")).shape == (24, 24, 24)
+
+
 def test_an_extractor_of_the_domain_judges(work_dir: Path) -> None:
     name, features = "luna16_semantic_tiny", "lidc_extractor_tiny"
     run("train", features, work_dir)
