@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from raysynth.config import load_recipe, parse_recipe
+from raysynth.config import (
+    ExperimentConfig,
+    LayoutDiffusionConfig,
+    load_recipe,
+    parse_recipe,
+)
 from raysynth.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
@@ -243,3 +248,28 @@ def test_weights_of_extractors_are_found_from_everywhere_and_told_to_nobody() ->
     told = config.shareable()["evaluation"]
     assert told["extractors"] == ["torchvision:resnet18", "module:mine.networks:build", "ct-conv"]
     assert "extractor_weights" not in told
+
+
+def test_a_model_of_slices_cuts_volumes_but_is_not_trained_on_them() -> None:
+    samples = "{kind: patches, size: 16, field_of_view_mm: 64}"
+    network = "channels: [8], attention_levels: [false], norm_num_groups: 8"
+
+    def recipe(family: str) -> ExperimentConfig:
+        model = f"{{family: {family}, {network}}}"
+        text = f"{{work_dir: runs, data: {{samples: {samples}}}, model: {model}}}"
+        return parse_recipe(text, name="volumes")
+
+    assert recipe("layout_diffusion").samples.shape == (16, 16, 16)
+    with pytest.raises(InputError, match=r"works on slices, but data\.samples\.kind is patches"):
+        _ = recipe("semantic_diffusion").samples
+
+
+def test_heads_are_as_wide_as_each_level_allows() -> None:
+    layout = "{work_dir: runs, model: {family: layout_diffusion, channels: [64, 192], %s}}"
+    attends = "attention_levels: [false, true], norm_num_groups: 8"
+    published = parse_recipe(layout % f"{attends}, num_head_channels: [64, 192]", name="heads")
+    assert isinstance(published.model, LayoutDiffusionConfig)
+    assert published.model.head_channels == (64, 192)
+    for heads, message in (("[64]", "give one number, or one for each level"), ("[64, 80]", "80")):
+        with pytest.raises(InputError, match=message):
+            parse_recipe(layout % f"{attends}, num_head_channels: {heads}", name="heads")

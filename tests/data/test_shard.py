@@ -105,5 +105,7 @@ def test_cubes_are_cut_and_indexed_like_slices(
     np.testing.assert_array_equal(index["has_nodule"], (layout == 5).any(axis=(1, 2, 3)))
     assert np.isfinite(index["middle_mm"]).all()
     assert validate(config.store_url, full=True) == []
-    with pytest.raises(InputError, match=r"works on slices, but data\.samples\.kind is patches"):
+    with pytest.raises(
+        InputError, match=r"done with slices alone, but data\.samples\.kind is patches"
+    ):
         _ = config.slices
