@@ -73,7 +73,7 @@ class Case:
         with torch.no_grad():
             for parameter in denoiser.parameters():  # MONAI starts output layers at zero
                 if not parameter.any():
-                    parameter.normal_(std=0.05)
+                    parameter.normal_(std=0.02)
         return denoiser
 
 
