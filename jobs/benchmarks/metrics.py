@@ -208,7 +208,7 @@ def _torchmetrics(real: Iterable[Features], synthetic: Iterable[Features]) -> An
 
     extractor = torch.nn.Identity()
     sides = [(batch, True) for batch in real] + [(batch, False) for batch in synthetic]
-    extractor.num_features = sides[0][0].shape[1]  # type: ignore[assignment]
+    extractor.num_features = sides[0][0].shape[1]
     metric = FrechetInceptionDistance(feature=extractor)
     # Its sums are of single precision unless asked otherwise.
     metric.set_dtype(torch.float64)
