@@ -137,7 +137,7 @@ def failures(regions: Mapping[str, RegionAudit], policy: AuditConfig) -> list[st
 
 def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet]:
     """The run, and the sample set that its bundle learned from."""
-    name = config.samples.name
+    name = config.slices.name
     real = SampleSet(open_group(root, f"samples/{name}"))
     synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))
     check_drawn_by(config, synthetic, config.name)

@@ -118,10 +118,11 @@ def _claim(folder: Path, run: str) -> None:
 def _write_image(
     path: Path, pixels: NDArray[Any], spacing_mm: tuple[float, float], is_mixed: bool
 ) -> None:
-    """One plane as a volume, in LPS as samples are; NIfTI counts x and y the other way round."""
+    """A volume, or a plane as one, in LPS as samples are; NIfTI counts x and y the other way."""
     depth_mm, pixel_mm = spacing_mm
     affine = np.diag([-pixel_mm, -pixel_mm, depth_mm, 1.0])
-    image = nibabel.Nifti1Image(pixels[None].T, affine)  # type: ignore[no-untyped-call]
+    volume = pixels if pixels.ndim == 3 else pixels[None]
+    image = nibabel.Nifti1Image(volume.T, affine)  # type: ignore[no-untyped-call]
     image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
     image.header["descrip"] = WITH_REAL_PIXELS if is_mixed else DESCRIPTION
     part = path.with_name(f".{path.name}")  # its ending says that it is to be packed

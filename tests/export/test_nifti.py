@@ -9,12 +9,13 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import zarr
 
 from raysynth.cli import main
 from raysynth.config import AuditConfig, ExperimentConfig
 from raysynth.errors import InputError, Refused
-from raysynth.export.nifti import export_nifti
+from raysynth.export.nifti import _write_image, export_nifti
 from raysynth.formats.nifti import read_nifti
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import open_root
@@ -174,3 +175,12 @@ def test_the_command_exits_3_where_it_refuses(
     assert main([*arguments, "--format", "tiff"]) == 2
     assert main([*arguments, "--format", "nifti", "--without-audit", "a test", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["withheld"] == 1
+
+
+def test_a_volume_keeps_its_axes_and_its_size(tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 400, (5, 6, 7)).astype(np.int16)
+    _write_image(tmp_path / "volume.nii.gz", hu, (2.0, 2.0), is_mixed=True)
+    read = sitk.ReadImage(tmp_path / "volume.nii.gz")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read), hu)
+    assert read.GetSpacing() == (2.0, 2.0, 2.0)
+    np.testing.assert_allclose(read.GetDirection(), np.eye(3).ravel(), atol=1e-12)
