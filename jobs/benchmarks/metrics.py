@@ -82,7 +82,9 @@ def main(arguments: list[str]) -> int:
     for name, ways in _others(real[:LARGEST], synthetic[:LARGEST]).items():
         spent, values = _take_turns(ways, options.rounds)
         tables[f"{name} at N = {LARGEST:,}"] = _rows(spent, {})
-        errors[f"{name}, {OURS}"] = max(abs(np.divide(values[OURS], values[TORCH_FIDELITY]) - 1))
+        errors[f"{name}, {OURS}"] = float(
+            max(abs(np.divide(values[OURS], values[TORCH_FIDELITY]) - 1))
+        )
     merged = {f"{parts} of them": _merge_error(real, synthetic, parts) for parts in (1, 8, 64)}
     wrong = _report_errors(errors, merged)
     facts |= {"errors": errors, "merge_errors": merged, "errors_missed": wrong}
