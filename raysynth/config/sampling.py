@@ -86,8 +86,9 @@ class SamplingConfig(Section):
     background: Literal["copied", "drawn"] = "copied"
     """Of the same: voxels outside the layout's labels are the host's own (anatomically aware
     sampling), or drawn with the rest (Med-DDPM)."""
-    feather_px: int = Field(2, ge=0)
-    """Over how many voxels inside a hole what is drawn comes in, beginning at its border."""
+    feather_px: int = Field(0, ge=0)
+    """Over how many voxels inside a hole the host's own fade, beginning at its border; 0: none of
+    them takes part."""
     sampler: SamplerName = "ddim"
     num_inference_steps: int = Field(50, ge=1)
     guidance_scale: float = Field(1.0, ge=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raysynth.condition import Condition
-from raysynth.config import InpaintingConfig
+from raysynth.config import InpaintingConfig, SamplingConfig
 from raysynth.config.model import PredictionType, ScheduleName
 from raysynth.config.sampling import SamplerName
 from raysynth.diffusion.schedule import build_schedule
@@ -139,3 +139,7 @@ def test_the_network_reads_the_image_without_its_hole_and_the_hole(denoiser: Den
 def test_an_image_that_does_not_fit_is_refused(condition: Condition, message: str) -> None:
     with pytest.raises(InputError, match=message):
         collate([condition], SIZE)
+
+
+def test_nothing_of_the_host_fades_into_a_hole_unless_it_is_asked_for() -> None:
+    assert SamplingConfig().feather_px == 0
