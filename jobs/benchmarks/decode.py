@@ -15,13 +15,21 @@ import argparse
 import multiprocessing
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jobs.benchmarks.ratios import Row, Seconds, facts_of_run, median_row, paired_ratio, report
+from jobs.benchmarks.ratios import (
+    Row,
+    Seconds,
+    facts_of_run,
+    forget_peak,
+    median_row,
+    memory_bytes,
+    paired_ratio,
+    report,
+)
 from raysynth.config import AutoencoderKLConfig
 from raysynth.models.autoencoder import KLAutoencoder
 
@@ -116,17 +124,10 @@ def _peak_mb(way: str, cells: int, threads: int) -> float:
 def _measure_peak(send: Any, way: str, cells: int, threads: int) -> None:
     torch.set_num_threads(threads)
     _decode(way, 8)
-    before = _status_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory_bytes("VmRSS")
+    forget_peak()
     _decode(way, cells)
-    send.send(_status_mb("VmHWM") - before)
-
-
-def _status_mb(name: str) -> float:
-    """Of this process, as Linux counts it: what it holds (VmRSS), or its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
-    return int(kilobytes) / 1024
+    send.send((memory_bytes("VmHWM") - before) / 2**20)
 
 
 if __name__ == "__main__":

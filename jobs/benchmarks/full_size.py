@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.benchmarks.ratios import facts_of_run
+from jobs.benchmarks.ratios import facts_of_run, forget_peak, memory_bytes
 from raysynth.condition import Condition
 from raysynth.config import LayoutDiffusionConfig, load_recipe
 from raysynth.diffusion.schedule import NoiseSchedule
@@ -146,19 +146,13 @@ class _Meter:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            self.before = _status_bytes("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            self.before = memory_bytes("VmRSS")
+            forget_peak()
 
     def peak_gib(self) -> float:
         on_gpu = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_gpu else _status_bytes("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if on_gpu else memory_bytes("VmHWM")
         return (peak - self.before) / GIB
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
-    return int(kilobytes) * 1024
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,6 +77,18 @@ def paired_ratio(
     drawn = np.random.default_rng(0).choice(ratios, (4000, len(ratios)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5]).tolist()
     return float(np.median(ratios)), (low, high)
+
+
+def memory_bytes(name: str) -> int:
+    """Of this process, as Linux counts it: what it holds (`VmRSS`), or its peak (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
+    return int(kilobytes) * 1024
+
+
+def forget_peak() -> None:
+    """Lets the peak of this process's memory begin at what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def facts_of_run(*packages: str) -> dict[str, Any]:

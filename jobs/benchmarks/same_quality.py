@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.benchmarks.ratios import facts_of_run
-from raysynth.config import ExperimentConfig, LayoutGuided, load_recipe
+from raysynth.config import ExperimentConfig, load_recipe
 from raysynth.config.sampling import SamplerName
 from raysynth.evaluation.intervals import Arm, Interval, subsample_intervals
 from raysynth.metrics.features import load_extractor
@@ -71,9 +71,7 @@ def main(arguments: list[str]) -> int:
     root = open_root(config.store_url)
     samples = SampleSet(open_group(root, f"samples/{config.samples.name}"))
     plan = plan_run_samples(config, samples)[: options.samples]
-    if isinstance(config.model, LayoutGuided):
-        path = f"samples/{config.samples.name}"
-        lender = Lender(path, config.model.layout_labels, config.copies)
+    if (lender := Lender.of(config)) is not None:
         plan = [lender(root, one) for one in plan]
     extract = load_extractor(EXTRACTOR, spatial_dims=len(samples.shape))
     again = [one.redrawn(2) for one in plan]

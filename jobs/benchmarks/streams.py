@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from jobs.benchmarks.ratios import forget_peak, memory_bytes
 from jobs.benchmarks.sample_data import (
     PER_VOLUME,
     SHAPES,
@@ -290,20 +291,15 @@ def _run(names: list[str], folder: Path) -> dict[tuple[str, str], Measured]:
 def measure(open_reader: Callable[[], Epoch], limit: int | None = None) -> Measured:
     """Opens a reader and times two epochs of at most `limit` samples."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _memory("VmRSS")
+    forget_peak()
+    before = memory_bytes("VmRSS")
     clocks, crcs = [(time.perf_counter(), time.process_time())], {}
     epoch = open_reader()
     for number in range(2):
         crcs = crcs_of(itertools.islice(epoch(np.random.default_rng(number)), limit))
         clocks.append((time.perf_counter(), time.process_time()))
     first, steady = np.diff(clocks, axis=0).tolist()
-    return Measured(first, steady, _memory("VmHWM") - before, crcs)
-
-
-def _memory(field: str) -> int:
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if field in x]
-    return int(line.split()[1]) * 1024
+    return Measured(first, steady, memory_bytes("VmHWM") - before, crcs)
 
 
 def is_right(measured: Measured, expected: Crcs, count: int) -> bool:

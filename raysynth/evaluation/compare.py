@@ -12,7 +12,7 @@ from typing import Any
 
 import zarr
 
-from raysynth.config import ExperimentConfig, LayoutGuided
+from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
 from raysynth.evaluation.regions import is_generated
 from raysynth.evaluation.report import (
@@ -253,9 +253,7 @@ def _contender(config: ExperimentConfig, root: zarr.Group, samples: SampleSet) -
     size = config.sampling.batch_size
     few = config.sampling.model_copy(update={"num_samples": size})
     planned = plan_run_samples(config.model_copy(update={"sampling": few}), samples)
-    if isinstance(config.model, LayoutGuided):
-        of_set = f"samples/{config.samples.name}"
-        lender = Lender(of_set, config.model.layout_labels, config.copies)
+    if (lender := Lender.of(config)) is not None:
         planned = [lender(root, one) for one in planned]
     # A process of its own, which has planned nothing: its peak of memory is that of drawing.
     task = ray.remote(

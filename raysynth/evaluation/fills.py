@@ -18,7 +18,7 @@ from raysynth.errors import InputError
 from raysynth.evaluation.intervals import LEVEL, MIN_PATIENTS, Interval
 from raysynth.evaluation.measure import Computed
 from raysynth.evaluation.regions import MASKED, made_whole
-from raysynth.layout.holes import channels_of, organ_hole
+from raysynth.layout.holes import organ_hole, told_labels
 from raysynth.layout.morphology import Mask
 from raysynth.metrics.image import PairedError
 from raysynth.metrics.similarity import PairedSimilarity
@@ -176,8 +176,7 @@ def holes_of(
             f"synthetic/{config.name} has samples on nobody's layout, which {model.family} does "
             "not draw: draw another run"
         )
-    told = [label for labels in channels_of(model.layout_labels) for label in labels]
-    return LayoutHoles(tuple(told), config.copies, real)
+    return LayoutHoles(tuple(told_labels(model.layout_labels)), config.copies, real)
 
 
 def read_holes(config: ExperimentConfig, real: SampleSet, synthetic: SampleSet) -> Holes:

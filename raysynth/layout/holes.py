@@ -55,9 +55,14 @@ def channels_of(organs: Sequence[str]) -> list[tuple[Label, ...]]:
     return [of_lung if organ == "lung" else ORGANS[organ] for organ in organs]
 
 
+def told_labels(organs: Sequence[str]) -> list[Label]:
+    """All labels behind the channels of a model guided by these organs."""
+    return [label for labels in channels_of(organs) for label in labels]
+
+
 def layout_hole(layout: NDArray[np.uint8], organs: Sequence[str]) -> Mask:
     """What a model guided by these organs fills where all else is known."""
-    return np.isin(layout, [label for labels in channels_of(organs) for label in labels])
+    return organ_hole(layout, told_labels(organs))
 
 
 def organ_hole(layout: NDArray[np.uint8], organs: Sequence[int] | NDArray[np.uint8]) -> Mask:

@@ -242,7 +242,7 @@ def _write(
                 config.seed,
                 samples.shape[-1],
                 means,
-                _lender(config),
+                Lender.of(config),
                 show,
             ),
             stage="synthesize",
@@ -254,14 +254,6 @@ def _write(
         )
         planned = sum(len(run.plan) for run in runs)
         return drawn, writing.publish(f"{planned} samples in {names}")
-
-
-def _lender(config: ExperimentConfig) -> Lender | None:
-    """Completes the requests of models guided by layouts."""
-    if not isinstance(config.model, LayoutGuided):
-        return None
-    path = f"samples/{config.samples.name}"
-    return Lender(path, config.model.layout_labels, config.copies)
 
 
 def _units(runs: list[Run], rows_per_shard: int) -> Iterator[tuple[str, Unit]]:

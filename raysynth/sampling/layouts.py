@@ -151,6 +151,14 @@ class Lender:
     organs: tuple[str, ...]
     copies: bool
 
+    @classmethod
+    def of(cls, config: ExperimentConfig) -> Lender | None:
+        """That of a recipe; None: its requests are whole, as no layout guides its model."""
+        if not isinstance(config.model, LayoutGuided):
+            return None
+        path = f"samples/{config.samples.name}"
+        return cls(path, config.model.layout_labels, config.copies)
+
     def __call__(self, root: zarr.Group, planned: PlannedSample) -> PlannedSample:
         """The sample with a whole condition.
 
