@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,19 @@ _WITHOUT_WEIGHTS = re.compile(rf"ct-conv|{BUNDLE_PREFIX}.+|module:[\w.]+:\w+")
 _WITH_WEIGHTS = re.compile(r"inception2048|medicalnet50|torchvision:\w+")
 
 
+LpipsNetwork = Literal["alex", "vgg", "squeeze"]
+
+
+class LpipsConfig(Section):
+    """The files that LPIPS needs, which are others' work and not part of the package."""
+
+    network: LpipsNetwork = "alex"
+    backbone: Path
+    """ImageNet weights as torchvision publishes them, of AlexNet, VGG16 or SqueezeNet 1.1."""
+    heads: Path
+    """alex.pth, vgg.pth or squeeze.pth of LPIPS v0.1."""
+
+
 class EvaluationConfig(Section):
     """Metrics, their regions and controls."""
 
@@ -33,12 +46,17 @@ class EvaluationConfig(Section):
     extractor_weights: dict[str, Path] = Field(default_factory=dict)
     """File of weights by extractor, for example `inception2048`: torch-fidelity's
     weights-inception-2015-12-05-6726825d.pth. State dicts (.pth) or .safetensors."""
+    lpips: LpipsConfig | None = None
+    """Compare pairs of slices by LPIPS, too: a filled slice with its host, and two samples of one
+    request."""
     num_bootstrap: int = Field(200, ge=2)
     """Sub-samples behind each interval."""
     controls: bool = True
     """Also sample an untrained model and shuffled conditions, and judge them the same way."""
     num_control_samples: int | None = Field(None, ge=2)
     """Samples of each control and of each swept scale; None: as many as the run has."""
+    num_pairs: int = Field(0, ge=0)
+    """So many requests are drawn twice, to tell how alike the samples of one are (diversity)."""
     stream: bool = False
     """Show FID and KID while samples are drawn, from a process beside the samplers that takes about
     a hundredth of their time; the last values go to `work_dir`/evaluation/`name`_stream.json."""

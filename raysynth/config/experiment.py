@@ -37,8 +37,9 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 BUILTIN_BUNDLES = Path(__file__).parents[1] / "bundles"
 """Bundles that the package brings."""
 
-DRAWN_BESIDE = re.compile(rf"_({'|'.join(CONTROLS)}|scale_[0-9.]+)$")
-"""How the names of controls end, and of runs at one of `evaluation.guidance_scales`."""
+DRAWN_BESIDE = re.compile(rf"_({'|'.join(CONTROLS)}|pairs|scale_[0-9.]+)$")
+"""How the names of controls end, of `evaluation.num_pairs` and of runs at one of
+`evaluation.guidance_scales`."""
 
 
 class ExperimentConfig(Section):
@@ -89,6 +90,11 @@ class ExperimentConfig(Section):
     def control_name(self, control: Control) -> str:
         """The run that is drawn as one of the controls."""
         return f"{self.name}_{control}"
+
+    @property
+    def pairs_name(self) -> str:
+        """The run that is drawn for `evaluation.num_pairs`, two samples a request."""
+        return f"{self.name}_pairs"
 
     def swept_name(self, guidance_scale: float) -> str:
         """The run that is drawn at one of `evaluation.guidance_scales`."""
@@ -142,8 +148,12 @@ class ExperimentConfig(Section):
         )
         weights = {name: _absolute(file) for name, file in evaluation.extractor_weights.items()}
         extractors = tuple(map(self._extractor, evaluation.extractors))
+        lpips = evaluation.lpips
+        if lpips is not None:
+            files = {"backbone": _absolute(lpips.backbone), "heads": _absolute(lpips.heads)}
+            lpips = lpips.model_copy(update=files)
         evaluation = evaluation.model_copy(
-            update={"extractor_weights": weights, "extractors": extractors}
+            update={"extractor_weights": weights, "extractors": extractors, "lpips": lpips}
         )
         model = self.model
         if isinstance(model, FromFolder):
@@ -178,7 +188,7 @@ class ExperimentConfig(Section):
             "bundle": True,
             "data": {"source": {"path", "annotations", "lungs", "labels"}, "split_list": True},
             "model": {"autoencoder", "pretrained", "network", "networks"},
-            "evaluation": {"extractor_weights"},
+            "evaluation": {"extractor_weights": True, "lpips": {"backbone", "heads"}},
         }
         shared = self.model_dump(mode="json", exclude=local)
         shared["evaluation"]["extractors"] = [
@@ -252,6 +262,16 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"evaluation.stream with model.family {self.model.family}: most of a filled slice "
                 "is a patient's own, which would pass for quality; leave it out, and evaluate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lpips_sees_slices(self) -> ExperimentConfig:
+        samples = self.data.samples
+        if self.evaluation.lpips and isinstance(samples, PatchSamples):
+            raise ValueError(
+                f"evaluation.lpips with data.samples.kind {samples.kind}: LPIPS compares slices; "
+                "leave it out"
             )
         return self
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
 from raysynth.config import ExperimentConfig
+from raysynth.config.evaluation import LpipsConfig
 from raysynth.config.model import hears_scores
+from raysynth.errors import InputError
 from raysynth.evaluation.consistency import mean_scores
 from raysynth.evaluation.intervals import Figure, Z
 from raysynth.evaluation.measure import ADHERENCE_COLUMNS, Measures
 from raysynth.evaluation.regions import SMALL_IMAGE, cut_crops
-from raysynth.evaluation.sets import space_of
+from raysynth.evaluation.sets import check_drawn_by, patients_of, space_of
+from raysynth.metrics.perceptual import MIN_LPIPS_SIZE, load_lpips
 from raysynth.metrics.similarity import ms_ssim, num_ssim_scales
 from raysynth.sampling.cohort import diameter_class
 from raysynth.seeding import seed_of
 from raysynth.store.reader import SampleSet
 from raysynth.window import measurable
 
-SSIM_WINDOW_HU = (-1000.0, 400.0)
+PAIR_WINDOW_HU = (-1000.0, 400.0)
 """The same for all models, so that values compare."""
 
 MAX_PAIRS = 1000
@@ -36,14 +40,51 @@ Pairs = NDArray[np.int64]
 """Rows of two samples of one set that share a request, (n, 2)."""
 
 
+Likeness = dict[str, dict[str, Figure]]
+"""Mean over pairs, by metric key and set; `patients`: of real nodules that are alike."""
+
+
+def diversity(
+    config: ExperimentConfig, root: zarr.Group, real: SampleSet, measured: Measures
+) -> Likeness:
+    """How alike the samples of the recipe's `evaluation.num_pairs` are; nothing if it has none.
+
+    Needs a Ray session.
+
+    Args:
+        config: the recipe.
+        root: of the store.
+        real: the real sample set.
+        measured: what was measured of it.
+
+    Raises:
+        InputError: the pairs were not drawn, or by another bundle or settings.
+    """
+    if not config.evaluation.num_pairs:
+        return {}
+    group = root.get(f"synthetic/{config.pairs_name}")
+    if not isinstance(group, zarr.Group):
+        raise InputError(
+            f"evaluation.num_pairs {config.evaluation.num_pairs}, and the store has no synthetic/"
+            f"{config.pairs_name}: run synthesize again, or set it to 0"
+        )
+    drawn = SampleSet(group)
+    check_drawn_by(config, drawn, config.pairs_name)
+    patients = patients_of(root, {"real": real})["real"]
+    return likeness(config, {"synthetic": drawn}, real, measured, patients)
+
+
 def likeness(
     config: ExperimentConfig,
     sets: Mapping[str, SampleSet],
     real: SampleSet,
     measured: Measures,
     patients: NDArray[np.int64],
-) -> tuple[str, dict[str, Figure]]:
-    """Mean MS-SSIM of pairs of one request, and its key."""
+) -> Likeness:
+    """MS-SSIM of pairs of one request, and LPIPS by the recipe's backbone.
+
+    LPIPS is left out where crops of nodules are too small for it.
+    """
     import ray
 
     pairs = {name: _twins(drawn) for name, drawn in sets.items()}
@@ -56,14 +97,23 @@ def likeness(
         rows, table = measured.adherence.compute()
         diameter_mm = table[:, ADHERENCE_COLUMNS.index("requested_mm")]
         pairs["patients"] = _real_pairs(config, real, rows, diameter_mm, patients)
+    lpips = config.evaluation.lpips if size >= MIN_LPIPS_SIZE else None
+    versions = {"ms_ssim": f"{num_ssim_scales(size)}-scales@1"}
+    if lpips is not None:
+        versions["lpips"] = load_lpips(lpips, PAIR_WINDOW_HU).name
     task = ray.remote(num_cpus=1)(_mean_likeness)
     futures = {
-        name: task.remote(sets.get(name, real), of_set[:MAX_PAIRS], size)
+        name: task.remote(sets.get(name, real), of_set[:MAX_PAIRS], size, lpips)
         for name, of_set in pairs.items()
         if len(of_set)
     }
-    key = f"ms_ssim/{space_of(real)}/{region}/{num_ssim_scales(size)}-scales@1/{count}"
-    return key, {name: ray.get(future) for name, future in futures.items()}
+    found = {name: ray.get(future) for name, future in futures.items()}
+    return {
+        f"{metric}/{space_of(real)}/{region}/{version}/{count}": {
+            name: of_set[metric] for name, of_set in found.items()
+        }
+        for metric, version in versions.items()
+    }
 
 
 def match_nodules(
@@ -130,9 +180,13 @@ def _real_pairs(
     return pairs
 
 
-def _mean_likeness(samples: SampleSet, pairs: Pairs, size: int) -> Figure:
-    """Mean MS-SSIM of crops of `size` pixels around the boxes; of whole samples, if so large."""
-    values = []
+def _mean_likeness(
+    samples: SampleSet, pairs: Pairs, size: int, lpips: LpipsConfig | None
+) -> dict[str, Figure]:
+    """Means by metric, of crops of `size` pixels around the boxes; if so large, whole samples."""
+    values: dict[str, list[NDArray[np.float64]]] = {"ms_ssim": []}
+    if lpips is not None:
+        values["lpips"] = []
     together = min(PAIRS_AT_ONCE, max(1, PIXELS_AT_ONCE // int(np.prod(samples.shape))))
     for start in range(0, len(pairs), together):
         images = []
@@ -141,8 +195,10 @@ def _mean_likeness(samples: SampleSet, pairs: Pairs, size: int) -> Figure:
             hu = measurable(hu, samples.attrs["intensity"])
             box = samples.index["box"][rows]
             images.append(hu if size == hu.shape[-1] else cut_crops(hu, box, size))
-        values.append(ms_ssim(images[0], images[1], SSIM_WINDOW_HU))
-    return _mean(np.concatenate(values))
+        values["ms_ssim"].append(ms_ssim(images[0], images[1], PAIR_WINDOW_HU))
+        if lpips is not None:
+            values["lpips"].append(load_lpips(lpips, PAIR_WINDOW_HU)(images[0], images[1]))
+    return {metric: _mean(np.concatenate(of_metric)) for metric, of_metric in values.items()}
 
 
 def _mean(values: NDArray[np.float64]) -> Figure:

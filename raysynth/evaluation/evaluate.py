@@ -32,6 +32,7 @@ from raysynth.evaluation.consistency import (
     train_judges,
 )
 from raysynth.evaluation.distances import judge_places
+from raysynth.evaluation.diversity import Likeness, diversity
 from raysynth.evaluation.fills import (
     FillQuality,
     Holes,
@@ -57,6 +58,7 @@ from raysynth.evaluation.sets import (
 )
 from raysynth.evaluation.strata import Stratum, strata
 from raysynth.evaluation.sweep import Sweep, open_scales, sweep
+from raysynth.metrics.perceptual import load_lpips
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.splits import is_indicative
@@ -89,6 +91,8 @@ class EvaluationSummary:
         reader_kappa: how far two readers of LIDC agree, by attribute.
         fills: of models that fill holes or are guided by layouts, how what they made compares with
             the hosts that lent the rest, or the layout, by set.
+        diversity: how alike two samples of one request are, beside real nodules that are alike, by
+            metric key and set; empty without `evaluation.num_pairs`.
         sweep: over `evaluation.guidance_scales`; None without any.
         samples: stored, by set; at most `sets.MAX_SAMPLES` of each are measured.
         patients: real ones in all, and in the reference.
@@ -113,6 +117,7 @@ class EvaluationSummary:
     consistency: dict[str, dict[str, Agreement]]
     reader_kappa: dict[str, float]
     fills: dict[str, FillQuality]
+    diversity: Likeness
     sweep: Sweep | None
     samples: dict[str, int]
     patients: dict[str, int]
@@ -130,11 +135,13 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
 
     Raises:
         InputError: no synthetic run, or one of another bundle or settings; no sample set, none of
-            its samples in the test split, another intensity, or an extractor that lacks its weights
-            or takes slices where samples are volumes (or the reverse).
+            its samples in the test split, another intensity, or an extractor (or LPIPS) that lacks
+            its weights or takes slices where samples are volumes (or the reverse).
     """
     started = time.monotonic()
     load_extractors(config.evaluation, len(config.samples.shape))
+    if config.evaluation.lpips is not None:
+        load_lpips(config.evaluation.lpips)  # a missing file is named before anything is measured
     snapshot = main_snapshot(config.store_url)
     root = open_root(config.store_url, snapshot)
     sets, scales = open_sets(root, config), open_scales(config, root)
@@ -166,6 +173,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
     phantoms = are_phantoms(root, sets["real"])
     judges = _score_judges(computed["real"], sets["real"])
     real = sets["real"], measures["real"]
+    varied = diversity(config, root, *real)
     swept = sweep(config, root, scales, *real, is_reference, judges, holes) if scales else None
     tables = {name: measured.adherence.compute()[1] for name, measured in measures.items()}
     path = config.work_dir / "evaluation" / f"{config.name}.json"
@@ -192,6 +200,7 @@ def evaluate(config: ExperimentConfig) -> EvaluationSummary:
         consistency=_consistency(judges, computed, sets, config.seed),
         reader_kappa=between_readers(),
         fills=fills,
+        diversity=varied,
         sweep=swept,
         samples={name: samples.count for name, samples in sets.items()},
         patients=counts,
@@ -220,7 +229,7 @@ def _fills(
     task, handle = ray.remote(num_cpus=1)(fill_quality), ray.put(holes)
     window_hu = seen_window(config)
     futures = {
-        name: task.remote(samples, handle, patients, window_hu)
+        name: task.remote(samples, handle, patients, window_hu, config.evaluation.lpips)
         for name, samples in sets.items()
         if name != "real"
     }

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysynth.config import ExperimentConfig
+from raysynth.config.evaluation import LpipsConfig
 from raysynth.config.model import HoleFilling, LayoutGuided, OfImages, Window
 from raysynth.errors import InputError
 from raysynth.evaluation.intervals import LEVEL, MIN_PATIENTS, Interval
@@ -21,6 +22,7 @@ from raysynth.evaluation.regions import MASKED, made_whole
 from raysynth.layout.holes import organ_hole, told_labels
 from raysynth.layout.morphology import Mask
 from raysynth.metrics.image import PairedError
+from raysynth.metrics.perceptual import load_lpips
 from raysynth.metrics.similarity import PairedSimilarity
 from raysynth.sampling.hosts import plan_inpainting
 from raysynth.seeding import seed_of
@@ -145,6 +147,7 @@ class FillQuality:
             host's tissue is one of many that would fit: the mean of all has the least error, and is
             the worst picture.
         ssim: of the whole samples, most of which are copied.
+        lpips: likewise, by the backbone's name and version; empty without one.
         copied_fraction: mean share of a sample's pixels that are the host's by construction.
     """
 
@@ -155,6 +158,7 @@ class FillQuality:
     seam_interval: Interval | None
     errors: dict[str, HostError]
     ssim: float
+    lpips: dict[str, float]
     copied_fraction: float
 
 
@@ -210,6 +214,7 @@ def fill_quality(
     holes: Holes | LayoutHoles,
     patients: NDArray[np.int64],
     window_hu: Window,
+    lpips: LpipsConfig | None,
 ) -> FillQuality:
     """Compares a set with the hosts of its holes.
 
@@ -219,7 +224,10 @@ def fill_quality(
         patients: number of each host's patient.
         window_hu: what the model sees: steps and errors are measured in it, as it can fill with no
             more.
+        lpips: files of a backbone; None: there are none.
     """
+    perceived = None if lpips is None else load_lpips(lpips, window_hu)
+    distance = 0.0
     changed = known = 0
     steps = np.zeros((samples.count, 2))
     errors = {name: PairedError(window_hu) for name in ("inside", "outside", "whole")}
@@ -230,6 +238,8 @@ def fill_quality(
         for error, shown in zip(errors.values(), (hole, ~hole, None), strict=True):
             error.update(known_hu, hu, shown)
         similarity.update(known_hu, hu)
+        if perceived is not None:
+            distance += float(perceived(known_hu, hu).sum())
         for column, image in enumerate((hu, known_hu)):
             steps[rows, column] = border_steps(np.clip(image, *window_hu), hole)
     seam, interval = _ratio(steps, patients) if holes.keeps else (None, None)
@@ -242,6 +252,7 @@ def fill_quality(
         seam_interval=interval,
         errors={name: _host_error(error) for name, error in errors.items() if error.count},
         ssim=similarity.compute().ssim,
+        lpips={} if perceived is None else {perceived.name: distance / samples.count},
         copied_fraction=copied if holes.keeps else 0.0,
     )
 

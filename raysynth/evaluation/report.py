@@ -133,6 +133,7 @@ def report(config: ExperimentConfig) -> Path:
             reference_scores=_coverage(found, "reference"),
             consistency=_consistency(found, reference),
             fills=_fills(found),
+            diversity=diversity_table(found),
             sweep=sweep_section(found, config.sampling.guidance_scale),
             losses=losses,
             seconds=seconds,
@@ -432,6 +433,7 @@ def _fills(found: dict[str, Any]) -> list[list[str]]:
     """Heading and rows of the table of holes; nothing for models that fill none."""
     if not found["fills"]:
         return []
+    lpips = list(found["fills"]["synthetic"]["lpips"])
     rows = [
         [
             text,
@@ -439,6 +441,7 @@ def _fills(found: dict[str, Any]) -> list[list[str]]:
             _seam(found["fills"][name]),
             _rmse(found["fills"][name]),
             f"{found['fills'][name]['ssim']:.3f}",
+            *(f"{found['fills'][name]['lpips'][key]:.3g}" for key in lpips),
             *(_mse(found["fills"][name], part) for part in ("inside", "outside", "whole")),
         ]
         for name, text in FILLED.items()
@@ -446,7 +449,17 @@ def _fills(found: dict[str, Any]) -> list[list[str]]:
     ]
     heading = ["", "pixels changed outside the hole", "step across its border"]
     heading += ["root mean squared error in the hole", "SSIM of the whole"]
-    return [[*heading, "MSE inside", "outside", "of the whole"], *rows]
+    return [[*heading, *lpips, "MSE inside", "outside", "of the whole"], *rows]
+
+
+def diversity_table(found: dict[str, Any]) -> list[list[str]]:
+    """Heading and a row for each metric of pairs; nothing where none were drawn."""
+    rows = [
+        [key, *(figure_text(of_sets.get(name)) for name in ("synthetic", "patients"))]
+        for key, of_sets in found["diversity"].items()
+    ]
+    heading = ["", "two samples of one request", "like nodules of two patients"]
+    return [heading, *rows] if rows else []
 
 
 def _rmse(fill: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def scorecard(found: Found, folder: Path) -> list[Line]:
     """
     distances = sorted(_distances(found), key=lambda line: line.standing != EVIDENCE)
     measured = PHANTOMS if _on_phantoms(found) else "measured"
-    lines = [*distances, *_adherence(found), *_worst(found)]
+    lines = [*distances, *_adherence(found), *_diversity(found), *_worst(found)]
     for ending, read in (("downstream", _usefulness), ("audit", _privacy)):
         path = folder / f"{found['name']}_{ending}.json"
         if path.exists():
@@ -195,6 +195,36 @@ def _adherence(found: Found) -> Iterator[Line]:
         verdict="follows its requests" if above else "not shown to follow its requests",
         standing=PHANTOMS if _on_phantoms(found) else "measured in the image",
     )
+
+
+def _diversity(found: Found) -> Iterator[Line]:
+    for key, of_sets in found["diversity"].items():
+        metric, _, region, version, n = key.split("/")
+        own, patients = of_sets["synthetic"], of_sets.get("patients")
+        yield Line(
+            what="diversity",
+            compared=f"{n} pairs of one request",
+            measure=f"{metric} of {region} ({version}), best like patients",
+            figure=figure_text(own),
+            floor=f"nodules of two patients that are alike: {figure_text(patients)}",
+            control="-",
+            verdict=_varies(metric, own, patients),
+            standing=PHANTOMS if _on_phantoms(found) else "measured in the image",
+        )
+
+
+def _varies(metric: str, own: Found, patients: Found | None) -> str:
+    """Whether samples of one request differ as much as patients do."""
+    if patients is None or own["interval"] is None or patients["interval"] is None:
+        return "nothing to compare with, too few nodules"
+    if own["interval"][0] <= patients["interval"][1] and (
+        patients["interval"][0] <= own["interval"][1]
+    ):
+        return "as varied as patients, as far as this many pairs tell"
+    more_alike = own["value"] > patients["value"]
+    if metric == "lpips":  # a distance
+        more_alike = not more_alike
+    return "less varied than patients" if more_alike else "more varied than patients"
 
 
 def _worst(found: Found) -> Iterator[Line]:

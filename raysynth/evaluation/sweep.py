@@ -32,15 +32,16 @@ from storage_schema.v1 import SPLITS
 
 ASPECTS = {
     "quality": ("fid", "kid"),
-    "diversity": ("ms_ssim",),
+    "diversity": ("ms_ssim", "lpips"),
     "consistency": ("kappa", "found"),
 }
-"""Figures by what they say something of. FID and KID: lower is better; MS-SSIM: the nearer to that
-of patients; kappa and the share found: higher."""
+"""Figures by what they say something of. FID and KID: lower is better; MS-SSIM and LPIPS: the
+nearer to that of patients; kappa and the share found: higher."""
 
 RULE = (
-    "best mean rank over quality (FID and KID), diversity (how near MS-SSIM is to that of patients)"
-    " and consistency (kappa and share found); of equal ones the smallest scale"
+    "best mean rank over quality (FID and KID), diversity (how near MS-SSIM, and LPIPS if measured,"
+    " are to those of patients) and consistency (kappa and share found); of equal ones the smallest"
+    " scale"
 )
 
 
@@ -130,9 +131,11 @@ def sweep(
         name: {key.partition("/")[0]: figure for key, figure in of_set.items()}
         for name, of_set in found.items()
     }
-    keys["ms_ssim"], alike = likeness(config, sets, real, measured, patients["real"])
-    for name, figure in alike.items():
-        figures[name]["ms_ssim"] = figure
+    for key, alike in likeness(config, sets, real, measured, patients["real"]).items():
+        metric = key.partition("/")[0]
+        keys[metric] = key
+        for name, figure in alike.items():
+            figures[name][metric] = figure
     for name, of_set in {**measures, "patients": measured}.items():
         share = found_shares(of_set.adherence.compute()[1], name)[name]
         if share.found is not None:
@@ -151,7 +154,7 @@ def rank(
 ) -> tuple[list[SweptScale], float | None]:
     """Every scale with its ranks, in ascending order, and the one with the best mean rank.
 
-    A figure that some scale lacks, or MS-SSIM without that of patients, ranks nothing.
+    A figure that some scale lacks, or one of diversity without that of patients, ranks nothing.
     """
     scales = sorted(figures)
     ranks: dict[str, NDArray[np.float64]] = {}
@@ -161,7 +164,7 @@ def rank(
             if not all(name in figures[scale] for scale in scales):
                 continue
             values = np.array([figures[scale][name].value for scale in scales])
-            if name == "ms_ssim":
+            if aspect == "diversity":
                 if name not in patients:
                     continue
                 values = np.abs(values - patients[name].value)

@@ -11,6 +11,7 @@ TITLES = {
     "fid": "FID, lower is better",
     "kid": "KID, lower is better",
     "ms_ssim": "MS-SSIM, best like patients",
+    "lpips": "LPIPS, best like patients",
     "kappa": "kappa of scores, higher is better",
     "found": "nodules found, higher is better",
 }
@@ -20,6 +21,7 @@ HEADINGS = {
     "fid": "FID",
     "kid": "KID",
     "ms_ssim": "MS-SSIM",
+    "lpips": "LPIPS",
     "kappa": "kappa",
     "found": "nodules found",
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raysynth.config.evaluation import LpipsConfig, LpipsNetwork
 from raysynth.errors import InputError
 from raysynth.metrics.image import Hu, windowed_pair
 from raysynth.metrics.weights import fill, named_file, read_weights, version_of
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
 MIN_LPIPS_SIZE = 32
 """Pixels a side: below, the coarsest layers see nothing."""
-
-LpipsNetwork = Literal["alex", "vgg", "squeeze"]
 
 # Torchvision's name, and the layers of its `features` after which LPIPS looks.
 _BACKBONES: dict[LpipsNetwork, tuple[str, tuple[int, ...]]] = {
@@ -120,6 +120,16 @@ class Lpips:
                 difference = (_unit(x) - _unit(y)) ** 2  # (B, C, h, w)
                 total = total + (difference * head).sum(1).mean((1, 2))
         return total
+
+
+@lru_cache(maxsize=1)
+def load_lpips(files: LpipsConfig, window_hu: tuple[float, float] = LUNG_WINDOW_HU) -> Lpips:
+    """LPIPS by a recipe's files, read once a process.
+
+    Raises:
+        InputError: a file is missing, or is not of that network.
+    """
+    return Lpips(files.network, files.backbone, files.heads, window_hu)
 
 
 def _read_heads(path: Path, who: str, count: int) -> list[Tensor]:

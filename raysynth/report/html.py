@@ -111,6 +111,7 @@ class ReportData:
     reference_scores: NDArray[np.float64]
     consistency: Sequence[Sequence[str]]
     fills: Sequence[Sequence[str]]
+    diversity: Sequence[Sequence[str]]
     losses: Losses
     seconds: dict[str, float]
     recipe: str

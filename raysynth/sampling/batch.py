@@ -83,10 +83,10 @@ class Watch:
 
 
 def synthesize(config: ExperimentConfig, watch: Watch | None = None) -> SynthesisSummary:
-    """Draws the recipe's samples, and the controls and swept scales that its evaluation wants.
+    """Draws the recipe's samples, and the controls, pairs and swept scales its evaluation wants.
 
-    The same command resumes after any crash; a finished run is left as it is. Scales that are asked
-    for later are drawn beside it.
+    The same command resumes after any crash; a finished run is left as it is. Pairs and scales that
+    are asked for later are drawn beside it.
 
     Args:
         config: the recipe.
@@ -126,7 +126,7 @@ def plan_mark(config: ExperimentConfig) -> str:
 Plan = list[tuple[PlannedSample, PlannedSample]]
 """For every sample what it is drawn under, and what it is recorded as."""
 
-Role = Literal["own", "swept"] | Control
+Role = Literal["own", "pairs", "swept"] | Control
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Run:
 
     Attributes:
         name: of the group below `synthetic/`.
-        role: the recipe's own run, one of its controls, or a scale of its sweep.
+        role: the recipe's own run, one of its controls, its pairs, or a scale of its sweep.
         guidance_scale: at which it is drawn.
         mark: digest of all that decides what is drawn.
         plan: its samples.
@@ -160,26 +160,27 @@ class Unit:
 
 
 def _missing(config: ExperimentConfig, samples: SampleSet, digest: str) -> list[Run]:
-    """The runs that the store lacks: the recipe's own with its controls, and swept scales."""
+    """The runs that the store lacks: the recipe's own with its controls, pairs, swept scales."""
     mark = _fingerprint(config, samples, digest)
     own = not _is_there(config, config.name, mark)
-    marks = {
-        scale: fingerprint([mark, "swept", scale]) for scale in config.evaluation.guidance_scales
-    }
-    scales = [
-        scale
-        for scale, of_scale in marks.items()
-        if not _is_there(config, config.swept_name(scale), of_scale)
+    evaluation = config.evaluation
+    beside: list[tuple[str, Role, float, str]] = [
+        (config.swept_name(scale), "swept", scale, fingerprint([mark, "swept", scale]))
+        for scale in evaluation.guidance_scales
     ]
-    if not own and not scales:
+    if evaluation.num_pairs:
+        pairs_mark = fingerprint([mark, "pairs", evaluation.num_pairs])
+        scale = config.sampling.guidance_scale
+        beside.append((config.pairs_name, "pairs", scale, pairs_mark))
+    missing = [one for one in beside if not _is_there(config, one[0], one[3])]
+    if not own and not missing:
         return []
     asked = plan_run_samples(config, samples)
-    count = config.evaluation.num_control_samples or len(asked)
+    count = evaluation.num_control_samples or len(asked)
     runs = _own_runs(config, asked, count, mark) if own else []
-    pairs = pair_conditions(asked, count) if scales else []
-    plan = list(zip(pairs, pairs, strict=True))
-    for scale in scales:
-        runs.append(Run(config.swept_name(scale), "swept", scale, marks[scale], plan))
+    for name, role, scale, of_run in missing:
+        twice = pair_conditions(asked, 2 * evaluation.num_pairs if role == "pairs" else count)
+        runs.append(Run(name, role, scale, of_run, list(zip(twice, twice, strict=True))))
     return runs
 
 

@@ -156,6 +156,11 @@ BAD = {
         ["evaluation.extractor_weights.ct-conv=weights.pth"],
         "extractor_weights.ct-conv: no extractor of that name takes weights",
     ),
+    "LPIPS of volumes": (
+        MINIMAL,
+        ["data.samples={kind: patches}", "evaluation.lpips={backbone: a.pth, heads: b.pth}"],
+        "evaluation.lpips with data.samples.kind patches: LPIPS compares slices; leave it out",
+    ),
     "no signal at all": (DENOISING, ["model.snr_gamma=0"], "snr_gamma is 0"),
     "a list": ("- 1", [], "expected `key: value` sections, found list"),
     "units that crops lost": (

@@ -13,6 +13,7 @@ import zarr
 
 from raysynth.case import CONDITION_COLUMNS, Split
 from raysynth.config import ExperimentConfig, ExtractorConfig
+from raysynth.config.evaluation import LpipsConfig
 from raysynth.errors import InputError
 from raysynth.evaluation.evaluate import EvaluationSummary, evaluate
 from raysynth.evaluation.judge import GROUPS, OVERLAP
@@ -55,7 +56,11 @@ def _config(work_dir: Path) -> ExperimentConfig:
                 "samples": {"size": 48, "spacing_mm": 5.0, "nodule_free_every": 2},
             },
             "model": {"family": "latent_diffusion", "autoencoder": "none"},
-            "evaluation": {"num_bootstrap": 30, "guidance_scales": (1.0, 3.0, 8.0)},
+            "evaluation": {
+                "num_bootstrap": 30,
+                "guidance_scales": (1.0, 3.0, 8.0),
+                "num_pairs": 99,
+            },
         }
     )
 
@@ -153,6 +158,7 @@ def _write_swept(
     alike = np.repeat(noisy[:1], len(noisy), axis=0)
     for scale, images in ((1, ignored), (3, noisy), (8, alike)):
         _write_synthetic(root, config.swept_name(scale), images.astype(np.int16), twice)
+    _write_synthetic(root, config.pairs_name, noisy.astype(np.int16), twice)
 
 
 def _write_greys(root: zarr.Group) -> None:
@@ -278,7 +284,7 @@ def test_greys_without_a_unit_are_judged_under_another_key(
 ) -> None:
     samples = config.slices.model_copy(update={"name": "greys"})
     data = config.data.model_copy(update={"samples": samples})
-    evaluation = config.evaluation.model_copy(update={"guidance_scales": ()})
+    evaluation = config.evaluation.model_copy(update={"guidance_scales": (), "num_pairs": 0})
     changes = {"name": "greys", "data": data, "evaluation": evaluation}
     greys = evaluate(config.model_copy(update=changes))
     places = {tuple(key.split("/")[2:4]) for key in greys.metrics}
@@ -366,6 +372,41 @@ def test_a_sweep_takes_the_scale_that_follows_requests_and_varies(
     assert section is not None
     assert "3 (chosen)" in [row[0] for row in section.table]
     assert any("chosen by the test patients" in sentence for sentence in section.sentences)
+
+
+def test_samples_of_one_request_stand_beside_nodules_that_are_alike(
+    summary: EvaluationSummary,
+) -> None:
+    ((key, of_sets),) = summary.diversity.items()
+    assert key.startswith("ms_ssim/slice/nodule16/1-scales@1/")
+    assert summary.sweep is not None
+    assert of_sets["synthetic"].value == summary.sweep.scales[1].figures["ms_ssim"].value
+    assert of_sets.get("patients") == summary.sweep.patients.get("ms_ssim")
+
+
+def test_pairs_that_were_not_drawn_are_named(config: ExperimentConfig, local_ray: None) -> None:
+    greys = config.model_copy(
+        update={
+            "name": "greys",
+            "data": config.data.model_copy(
+                update={"samples": config.slices.model_copy(update={"name": "greys"})}
+            ),
+            "evaluation": config.evaluation.model_copy(update={"guidance_scales": ()}),
+        }
+    )
+    with pytest.raises(
+        InputError, match="num_pairs 99, and the store has no synthetic/greys_pairs"
+    ):
+        evaluate(greys)
+
+
+def test_files_that_lpips_lacks_are_named_first(config: ExperimentConfig, local_ray: None) -> None:
+    files = LpipsConfig(backbone=config.work_dir / "alexnet.pth", heads=config.work_dir / "a.pth")
+    evaluation = config.evaluation.model_copy(update={"lpips": files})
+    with pytest.raises(
+        InputError, match=r"LPIPS of alex needs the ImageNet weights .*alexnet\.pth"
+    ):
+        evaluate(config.model_copy(update={"evaluation": evaluation, "store": "/nowhere"}))
 
 
 def test_a_scale_that_was_not_drawn_is_named(config: ExperimentConfig, local_ray: None) -> None:

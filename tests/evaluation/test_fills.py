@@ -9,6 +9,7 @@ import pytest
 import zarr
 
 from raysynth.case import Label
+from raysynth.config.evaluation import LpipsConfig
 from raysynth.evaluation.fills import (
     Holes,
     LayoutHoles,
@@ -16,11 +17,13 @@ from raysynth.evaluation.fills import (
     fill_quality,
     with_generated,
 )
+from raysynth.metrics.perceptual import Lpips
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, set_index, write_rows
 from storage_schema.v1 import sample_set, synthetic_run
+from tests.metrics.test_perceptual import save_lpips
 
 N, SIZE, WINDOW = 12, 16, (-160.0, 240.0)
 Y, X = np.mgrid[:SIZE, :SIZE]
@@ -68,7 +71,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SampleSet]:
 
 def test_a_seam_is_a_greater_step_than_the_hosts(sets: dict[str, SampleSet]) -> None:
     holes = Holes(HOLE, HOSTS)
-    fits, bright, spilt = (fill_quality(one, holes, PATIENTS, WINDOW) for one in sets.values())
+    fits, bright, spilt = (
+        fill_quality(one, holes, PATIENTS, WINDOW, None) for one in sets.values()
+    )
     assert (fits.n, fits.changed, fits.known) == (N, 0, int((~HOLE).sum()))
     assert fits.seam == 1
     assert fits.seam_interval == (1, 1)
@@ -79,6 +84,26 @@ def test_a_seam_is_a_greater_step_than_the_hosts(sets: dict[str, SampleSet]) -> 
     assert spilt.changed == 1
     assert (fits.errors["inside"].mse_hu2, bright.errors["inside"].mse_hu2) == (0, 40**2)
     assert bright.ssim < fits.ssim == 1
+
+
+def test_a_backbone_sees_what_a_filling_changed(tmp_path: Path) -> None:
+    """One that fits, and one that does not, of 32 pixels a side."""
+    hole = np.zeros((2, 32, 32), bool)
+    hole[:, 8:20, 8:20] = True
+    y, x = np.mgrid[:32, :32]
+    hosts = np.stack([3 * y + x, 200 - 2 * y]).astype(np.int16)
+    filled = hosts.copy()
+    filled[1, hole[1]] += 60
+    with StoreRun(str(tmp_path / "store"), verb="test", fingerprint="f" * 12) as run:
+        run.declare(lambda root: _write(root, "filled", filled), "fills")
+        run.publish("fills")
+    samples = SampleSet(open_group(open_root(str(tmp_path / "store")), "synthetic/filled"))
+    files = save_lpips("alex", tmp_path)
+    asked = LpipsConfig(backbone=files[0], heads=files[1])
+    found = fill_quality(samples, Holes(hole, hosts), np.arange(2), WINDOW, asked)
+    lpips = Lpips("alex", *files, WINDOW)
+    assert found.lpips == {lpips.name: pytest.approx(lpips(hosts, filled).mean())}
+    assert found.lpips[lpips.name] > 0
 
 
 def test_steps_are_those_across_the_border_alone() -> None:
@@ -92,7 +117,7 @@ def test_steps_are_those_across_the_border_alone() -> None:
 
 
 def test_the_model_window_is_where_steps_are_measured(sets: dict[str, SampleSet]) -> None:
-    narrow = fill_quality(sets["bright"], Holes(HOLE, HOSTS), PATIENTS, (-160.0, 0.0))
+    narrow = fill_quality(sets["bright"], Holes(HOLE, HOSTS), PATIENTS, (-160.0, 0.0), None)
     assert narrow.seam is None
 
 
@@ -135,7 +160,7 @@ def test_errors_of_volumes_against_the_hosts_of_their_layouts(tmp_path: Path) ->
         SampleSet(open_group(root, path)) for path in ("samples/patches", "synthetic/volumes")
     )
     made = (Label.RIGHT_LUNG,)
-    kept = fill_quality(drawn, LayoutHoles(made, True, real), np.arange(3), (-1000.0, 400.0))
+    kept = fill_quality(drawn, LayoutHoles(made, True, real), np.arange(3), (-1000.0, 400.0), None)
     inside = 8**3 / SIDE**3
     assert kept.n == 3
     assert kept.changed == kept.known == 3 * (SIDE**3 - 8**3)  # a fault that is seen
@@ -145,7 +170,7 @@ def test_errors_of_volumes_against_the_hosts_of_their_layouts(tmp_path: Path) ->
     assert kept.errors["whole"].mse_hu2 == pytest.approx(inside * 20**2 + (1 - inside) * 2**2)
     assert kept.errors["inside"].mse == pytest.approx((20 * 2 / 1400) ** 2)
     drawn_whole = fill_quality(
-        drawn, LayoutHoles(made, False, real), np.arange(3), (-1000.0, 400.0)
+        drawn, LayoutHoles(made, False, real), np.arange(3), (-1000.0, 400.0), None
     )
     assert drawn_whole.errors == kept.errors
     assert (drawn_whole.changed, drawn_whole.known, drawn_whole.seam) == (None, None, None)
@@ -170,7 +195,7 @@ def test_a_host_nodule_that_gave_way_was_made_too(tmp_path: Path) -> None:
         SampleSet(open_group(root, path)) for path in ("samples/patches", "synthetic/volumes")
     )
     holes = LayoutHoles((Label.NODULE,), True, real)
-    found = fill_quality(drawn, holes, np.arange(3), (-1000.0, 400.0))
+    found = fill_quality(drawn, holes, np.arange(3), (-1000.0, 400.0), None)
     assert found.known == 3 * (SIDE - 2) * SIDE**2
     assert found.errors["inside"].mse_hu2 == 2**2
 

@@ -38,6 +38,7 @@ def _found() -> dict[str, Any]:
             "shuffled": share | {"found": 0.1, "interval": [0.05, 0.2]},
         },
         "strata": [],
+        "diversity": {},
     }
 
 
@@ -82,3 +83,20 @@ def test_without_evidence_there_is_no_headline(tmp_path: Path) -> None:
 
 def test_nearer_than_patients_is_no_praise() -> None:
     assert "copies" in verdict(_metric(64, value=0.1, floor=(1.0, True)))
+
+
+def test_diversity_is_best_where_patients_are(tmp_path: Path) -> None:
+    found = _found()
+    patients = {"value": 0.3, "interval": [0.25, 0.35]}
+    alike = {"value": 0.9, "interval": [0.88, 0.92]}
+    for metric, verdict_of_high in (("ms_ssim", "less"), ("lpips", "more")):
+        found["diversity"] = {
+            f"{metric}/slice/nodule32/x@1/64": {"synthetic": alike, "patients": patients},
+            f"{metric}/slice/all/x@1/64": {"synthetic": patients, "patients": patients},
+            f"{metric}/slice/lung/x@1/64": {"synthetic": patients},
+        }
+        card = scorecard(found, tmp_path)
+        said = [line.verdict for line in card if line.what == "diversity"]
+        assert said[0] == f"{verdict_of_high} varied than patients"
+        assert said[1].startswith("as varied as patients")
+        assert said[2].startswith("nothing to compare with")

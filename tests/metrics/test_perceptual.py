@@ -20,16 +20,20 @@ CHANNELS = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """Backbones and heads of random weights, saved as the published ones are."""
-    folder, saved = tmp_path_factory.mktemp("lpips"), {}
+    folder = tmp_path_factory.mktemp("lpips")
+    return {name: save_lpips(name, folder) for name in MODELS}
+
+
+def save_lpips(name: str, folder: Path) -> tuple[Path, Path]:
+    """Backbone and heads of random weights."""
     torch.manual_seed(0)
-    for name, model in MODELS.items():
-        layers = models.get_model(model, weights=None).features.state_dict()
-        backbone, heads = folder / f"{model}.pth", folder / f"{name}.pth"
-        torch.save({f"features.{key}": value for key, value in layers.items()}, backbone)
-        weights = [torch.rand(1, count, 1, 1) for count in CHANNELS[name]]
-        torch.save({f"lin{i}.model.1.weight": w for i, w in enumerate(weights)}, heads)
-        saved[name] = backbone, heads
-    return saved
+    model = MODELS[name]
+    layers = models.get_model(model, weights=None).features.state_dict()
+    backbone, heads = folder / f"{model}.pth", folder / f"{name}.pth"
+    torch.save({f"features.{key}": value for key, value in layers.items()}, backbone)
+    weights = [torch.rand(1, count, 1, 1) for count in CHANNELS[name]]
+    torch.save({f"lin{i}.model.1.weight": w for i, w in enumerate(weights)}, heads)
+    return backbone, heads
 
 
 def _slices(count: int, size: int = 40) -> np.ndarray:

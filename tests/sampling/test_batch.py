@@ -146,6 +146,17 @@ def test_scales_that_are_asked_for_later_are_drawn_from_the_same_noise(
     assert validate(drawn.store_url) == []
 
 
+def test_pairs_that_are_asked_for_later_are_drawn_as_the_run_was(drawn: ExperimentConfig) -> None:
+    evaluation = drawn.evaluation.model_copy(update={"num_pairs": 3})
+    assert synthesize(drawn.model_copy(update={"evaluation": evaluation})).drawn == 6
+    own, pairs = (_set(drawn, f"synthetic/tiny{ending}") for ending in ("", "_pairs"))
+    assert np.array_equal(pairs.read("hu")[::2], own.read("hu")[:3])
+    assert (pairs.read("hu")[::2] != pairs.read("hu")[1::2]).any(axis=(1, 2)).all()
+    assert np.array_equal(pairs.index["box"][1::2], own.index["box"][:3])
+    assert pairs.attrs["passport"]["control"] == "pairs"
+    assert validate(drawn.store_url) == []
+
+
 def test_another_plan_under_the_same_name_is_refused(drawn: ExperimentConfig) -> None:
     other = drawing_config(drawn.work_dir, num_inference_steps=5)
     with pytest.raises(InputError, match="drawn by another bundle or plan"):
