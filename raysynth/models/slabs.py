@@ -55,14 +55,32 @@ def decode_in_slabs(network: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def _residual(block: AEKLResBlock, x: Tensor) -> Tensor:
-    """MONAI's residual block, in the memory of x if it has as many channels or more."""
-    hidden = _convolved(_conv_of(block.conv1), *_normalised(block.norm1, x))
-    channels = hidden.shape[1]
-    out = x[:, :channels] if channels <= x.shape[1] else torch.empty_like(hidden)
+    """MONAI's residual block, as far as possible in the memory of x."""
+    first, channels = _normalised(block.norm1, x), block.out_channels
+    if x.shape[1] >= 2 * channels:
+        hidden, out = x[:, :channels], x[:, channels : 2 * channels]
+        held: tuple[slice, Tensor, Tensor] | None = None
+        for start, stop, slab in _slabs(_conv_of(block.conv1), *first):
+            shortcut = block.nin_shortcut(x[:, :, start:stop])
+            _store(held, hidden, out)  # the next slab reads planes of this one: it waits
+            held = slice(start, stop), slab, shortcut
+        _store(held, hidden, out)
+    else:
+        hidden = _convolved(_conv_of(block.conv1), *first)
+        out = x[:, :channels] if channels <= x.shape[1] else torch.empty_like(hidden)
+        for start, stop in _ranges(first[1]):
+            out[:, :, start:stop] = block.nin_shortcut(x[:, :, start:stop])
     for start, stop, slab in _slabs(_conv_of(block.conv2), *_normalised(block.norm2, hidden)):
-        slab += block.nin_shortcut(x[:, :, start:stop])
-        out[:, :, start:stop] = slab
+        out[:, :, start:stop] += slab
     return out
+
+
+def _store(held: tuple[slice, Tensor, Tensor] | None, *places: Tensor) -> None:
+    """Puts what was computed for some planes into each of two tensors."""
+    if held is not None:
+        planes, *values = held
+        for place, value in zip(places, values, strict=True):
+            place[:, :, planes] = value
 
 
 def _upsampled(block: UpSample, x: Tensor) -> Tensor:
