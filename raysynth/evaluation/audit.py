@@ -33,7 +33,7 @@ from raysynth.store.run import StoreRun
 from raysynth.store.writer import create_sample_set, set_index
 from storage_schema.v1 import audit as audit_spec
 
-VERSION = 1
+VERSION = 2
 """Of the method: another one, and runs are audited anew."""
 
 Verdict = Literal["passed", "failed"]
@@ -84,7 +84,7 @@ def audit(config: ExperimentConfig) -> AuditSummary:
     started = time.monotonic()
     root = open_root(config.store_url)
     sets = _open_sets(root, config)
-    hole = None
+    hole = None  # of models guided by layouts, what their layouts show
     if isinstance(config.model, HoleFilling):
         hole = read_holes(config, sets["real"], sets["synthetic"]).hole
     mark = _fingerprint(config, sets)
@@ -137,7 +137,7 @@ def failures(regions: Mapping[str, RegionAudit], policy: AuditConfig) -> list[st
 
 def _open_sets(root: zarr.Group, config: ExperimentConfig) -> dict[str, SampleSet]:
     """The run, and the sample set that its bundle learned from."""
-    name = config.slices.name
+    name = config.samples.name
     real = SampleSet(open_group(root, f"samples/{name}"))
     synthetic = SampleSet(open_group(root, f"synthetic/{config.name}"))
     check_drawn_by(config, synthetic, config.name)

@@ -1,4 +1,8 @@
-"""What an audit compares: nodule crops, whole slices, or what was made anew in holes."""
+"""What an audit compares: nodule crops, whole slices, or what was made anew in holes.
+
+A volume is compared by the mean of some axial planes through its nodule, or through its middle.
+Whoever copies a volume copies these; and shifts of a plane or two hardly change them.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.config import ExperimentConfig, HoleFilling
+from raysynth.case import LUNG_LABELS, Label
+from raysynth.config import ExperimentConfig, HoleFilling, LayoutGuided
 from raysynth.evaluation.regions import SMALL_IMAGE, SOFT_TISSUE_HU, cut_crops
-from raysynth.layout.holes import ORGANS
+from raysynth.layout.holes import ORGANS, told_labels
 from raysynth.layout.morphology import Mask
 from raysynth.metrics.features import Extractor, load_extractor
 from raysynth.metrics.memorization import SHIFT_PX, THUMB, Pictures, pictures_of
@@ -24,6 +29,9 @@ REGIONS: tuple[Region, ...] = ("nodule", "slice", "generated")
 
 MAX_SIDE = {"slice": 64, "generated": 96}
 """Larger slices are made smaller by a whole factor first: copies are copies at any size."""
+
+NUM_PLANES = 5
+"""Of a volume that are averaged."""
 
 EXTRACTOR = "ct-conv"
 
@@ -38,7 +46,7 @@ class Look:
         margin: around it, for shifts.
         factor: by which slices are made smaller first.
         window_hu: HU that are told apart.
-        organs: of `generated`, what holes are made of.
+        holes: of `generated`, the labels that one hole takes away; several kinds of holes.
     """
 
     region: Region
@@ -46,7 +54,7 @@ class Look:
     margin: int
     factor: int
     window_hu: tuple[float, float]
-    organs: tuple[str, ...] = ()
+    holes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,14 +81,19 @@ def looks_of(config: ExperimentConfig, synthetic: SampleSet) -> list[Look]:
     """How the run's samples are compared: those with a box by nodule, others as whole slices."""
     side = min(synthetic.shape)
     model = config.model
+    holes: tuple[tuple[int, ...], ...] = ()
     if isinstance(model, HoleFilling):
+        holes = tuple(ORGANS[organ] for organ in model.organs)
+    elif isinstance(model, LayoutGuided) and config.copies:
+        holes = (tuple(told_labels(model.layout_labels)),)
+    if holes:
         factor = max(1, -(-side // MAX_SIDE["generated"]))
         size = max(THUMB, side // factor // 2 // THUMB * THUMB)
-        in_lung = set(model.organs) <= {"lung", "nodule"}
+        in_lung = {label for labels in holes for label in labels} <= {*LUNG_LABELS, Label.NODULE}
         window = LUNG_WINDOW_HU if in_lung else SOFT_TISSUE_HU
         if synthetic.attrs["intensity"] != "hu":
             window = LUNG_WINDOW_HU  # all grey values, see `measurable`
-        return [Look("generated", size, SHIFT_PX, factor, window, tuple(model.organs))]
+        return [Look("generated", size, SHIFT_PX, factor, window, holes)]
     looks = []
     boxed = synthetic.index["box"][:, 0] >= 0
     if boxed.any():
@@ -97,10 +110,19 @@ def looks_of(config: ExperimentConfig, synthetic: SampleSet) -> list[Look]:
 def cut_synthetic(
     samples: SampleSet, start: int, stop: int, look: Look, hole: Mask | None = None
 ) -> Items:
-    """Pictures of a run's rows; `hole` is what was made in them (n, y, x)."""
+    """Pictures of a run's rows.
+
+    Args:
+        samples: the run.
+        start: first row.
+        stop: the one after the last.
+        look: how they are shown.
+        hole: what was made in them (n, y, x); None: what their layouts show.
+    """
     hu, box = _read(samples, start, stop, look)
     if look.region == "generated":
-        assert hole is not None
+        if hole is None:
+            hole = np.isin(_layouts(samples, start, stop), look.holes[0])
         shrunk = _shrunk(hole.astype(np.float32), look.factor) > 0.5
         places = hole_boxes(shrunk)
         mask = cut_crops(shrunk.astype(np.int16), places, look.size) == 1
@@ -123,12 +145,12 @@ def cut_real(
     rows = np.flatnonzero(wanted & ((box[:, 0] >= 0) | (look.region != "nodule")))
     places = box[rows]
     if look.region == "generated":
-        layout = samples.read("layout", start, stop)
+        layout = _layouts(samples, start, stop)
         found = [
             (row, hole_boxes(organ[None])[0])
             for row in rows
-            for name in look.organs
-            if (organ := np.isin(layout[row], ORGANS[name])).any()
+            for labels in look.holes
+            if (organ := np.isin(layout[row], labels)).any()
         ]
         rows = np.array([row for row, _ in found], np.int64)
         places = np.array([place for _, place in found], np.int16).reshape(-1, 4) // look.factor
@@ -174,10 +196,32 @@ def with_masks_of(items: Items, others: Items, seed: int) -> Items:
 def _read(
     samples: SampleSet, start: int, stop: int, look: Look
 ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """HU of slices (n, y, x), or of planes of volumes, and boxes there (n, 4)."""
     hu = measurable(samples.read("hu", start, stop), samples.attrs["intensity"])
+    box = samples.index["box"][start:stop]
+    if hu.ndim == 4:
+        around = [
+            volume[max(0, z - NUM_PLANES // 2) : z + NUM_PLANES // 2 + 1].mean(axis=0)
+            for volume, z in zip(hu, _heights(samples, start, stop), strict=True)
+        ]
+        hu, box = np.rint(np.stack(around)).astype(np.int16), box[:, (1, 2, 4, 5)]
     if look.factor > 1:
         hu = np.rint(_shrunk(hu, look.factor)).astype(np.int16)
-    return hu, samples.index["box"][start:stop]
+    return hu, box
+
+
+def _layouts(samples: SampleSet, start: int, stop: int) -> NDArray[np.uint8]:
+    """Layouts of slices (n, y, x), or of the middle ones of volumes' planes."""
+    layout: NDArray[np.uint8] = samples.read("layout", start, stop)
+    if layout.ndim == 3:
+        return layout
+    return layout[np.arange(len(layout)), _heights(samples, start, stop)]
+
+
+def _heights(samples: SampleSet, start: int, stop: int) -> NDArray[np.int64]:
+    """The plane through the middle of each volume's box; without one, through its own (n,)."""
+    box = samples.index["box"][start:stop].astype(np.int64)
+    return np.where(box[:, 0] >= 0, (box[:, 0] + box[:, 3]) // 2, samples.shape[0] // 2)
 
 
 def _items(

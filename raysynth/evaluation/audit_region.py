@@ -133,7 +133,7 @@ def audit_region(
         look: how they are shown.
         sets: `real` and `synthetic`.
         patients: number of each real sample's patient.
-        hole: of a model that fills holes, what was filled (n, y, x).
+        hole: of a model that fills planned holes, what was filled (n, y, x).
         config: the policy.
         seed: of all drawing.
         view: advances by the run's samples.
@@ -314,7 +314,7 @@ def _enough(
     config: AuditConfig,
     path: str,
 ) -> tuple[Items, Items]:
-    what = {"nodule": "nodule crops", "slice": "slices", "generated": "organs"}[look.region]
+    what = {"nodule": "nodule crops", "slice": "samples", "generated": "organs"}[look.region]
     needed = {"train": 1, "held-out": least_held_out(config.false_alarms)}
     for name, items in (("train", train), ("held-out", held_out)):
         count = 0 if items is None else len(items)

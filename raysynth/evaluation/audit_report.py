@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raysynth.config import ExperimentConfig, FromFolder, HoleFilling
-from raysynth.evaluation.audit_pictures import REGIONS, Look, cut_real, cut_synthetic, looks_of
+from raysynth.config import ExperimentConfig, FromFolder
+from raysynth.evaluation.audit_pictures import (
+    NUM_PLANES,
+    REGIONS,
+    Look,
+    cut_real,
+    cut_synthetic,
+    looks_of,
+)
 from raysynth.evaluation.audit_region import RegionAudit
 from raysynth.layout.morphology import Mask
 from raysynth.metrics.memorization import aligned, nearest
@@ -25,8 +32,8 @@ NUM_PAIRS = 12
 
 PICTURES = {
     "nodule": "nodule crops",
-    "slice": "whole slices",
-    "generated": "fillings of holes",
+    "slice": "whole samples",
+    "generated": "parts made anew",
 }
 
 
@@ -50,12 +57,12 @@ def notices_of(
 ) -> list[str]:
     """What a reader must know beside the figures."""
     notices = []
-    if isinstance(config.model, HoleFilling):
+    if config.copies:
         hosts = len(np.unique(synthetic.index["source_case"]))
         notices.append(
-            f"The reference leaks by design: outside its hole every slice is a real patient's "
-            f"({hosts} cases). Only what was made in the holes was compared; handle the slices as "
-            "these patients' own."
+            "The reference leaks by design: what was not made anew in a sample is a real patient's "
+            f"({hosts} cases). Only what was made was compared; handle the samples as these "
+            "patients' own."
         )
     elif (synthetic.index["source_case"] >= 0).any():
         lenders = np.unique(synthetic.index["source_case"])
@@ -68,6 +75,11 @@ def notices_of(
                 if nearest_to_lender.any()
                 else ""
             )
+        )
+    if len(synthetic.shape) == 3:
+        notices.append(
+            f"Of every volume the mean of {NUM_PLANES} axial planes was compared, through its "
+            "nodule or its middle: of a volume that was copied elsewhere alone nothing is said."
         )
     if isinstance(config.model, FromFolder):
         notices.append(

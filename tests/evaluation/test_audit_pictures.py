@@ -34,6 +34,7 @@ def _config(model: dict[str, Any]) -> ExperimentConfig:
 
 LATENT = _config({"family": "latent_diffusion", "autoencoder": "none"})
 HOLES = _config({"family": "inpainting", "organs": ["liver"]})
+COPYING = _config({"family": "layout_diffusion"})
 
 
 def _organ(at: int) -> np.ndarray:
@@ -125,6 +126,45 @@ def test_of_a_filled_slice_nothing_but_the_hole_counts(real: SampleSet) -> None:
     held_out = with_masks_of(bank.take(slice(3)), filled, 0)
     assert held_out.pictures.mask is not None
     assert with_masks_of(bank, bank, 0) is bank
+
+
+def _volumes(seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(size=(COUNT, 32, 32, 32))
+    return (-400 + 300 * ndimage.gaussian_filter(noise, (0, 2, 2, 2)) / 0.05).astype(np.int16)
+
+
+def test_copies_of_volumes_are_found_by_the_planes_through_their_nodules() -> None:
+    """Three are copied as they are, three turned over, three a plane higher, three not at all."""
+    learned, hu = _volumes(4), _volumes(5)
+    hu[:3], hu[3:6] = learned[:3], learned[3:6, :, ::-1, ::-1]
+    hu[6:9] = np.roll(learned[6:9], 1, axis=1)
+    none = np.zeros(hu.shape, np.uint8)
+    box = np.full((COUNT, 6), (13, 13, 13, 19, 19, 19))
+    box[::2] = -1  # half have none: these are compared by their own middle
+    train, run = _set("samples/s", learned, none, box), _set("synthetic/r", hu, none, box)
+    assert [look.region for look in looks_of(LATENT, run)] == ["nodule", "slice"]
+    for look in looks_of(LATENT, run):
+        bank = cut_real(train, 0, COUNT, look, np.ones(COUNT, bool), flipped=False)
+        items = cut_synthetic(run, 0, COUNT, look)
+        found = nearest(items.pictures, bank.pictures)
+        copied = items.rows < 9
+        assert (bank.rows[found.row[copied, 2]] == items.rows[copied]).all(), look.region
+        assert is_exact(found.distance[items.rows < 6]).all(), look.region
+        assert found.distance[copied, 2].max() < 0.1 < found.distance[~copied, 2].min()
+
+
+def test_of_volumes_on_copied_tissue_what_the_layout_shows_counts() -> None:
+    learned, hu = _volumes(4), _volumes(5)
+    layout = np.full(hu.shape, Label.BODY, np.uint8)
+    layout[:, 8:24, 8:24, 8:24] = Label.RIGHT_LUNG
+    hu[:6, 8:24, 8:24, 8:24] = learned[:6, 8:24, 8:24, 8:24]
+    box = np.full((COUNT, 6), -1)
+    train, run = _set("samples/s", learned, layout, box), _set("synthetic/r", hu, layout, box)
+    (look,) = looks_of(COPYING, run)
+    assert look.region == "generated"
+    bank = cut_real(train, 0, COUNT, look, np.ones(COUNT, bool), flipped=False)
+    found = nearest(cut_synthetic(run, 0, COUNT, look).pictures, bank.pictures)
+    np.testing.assert_array_equal(is_exact(found.distance), np.arange(COUNT) < 6)
 
 
 def test_an_empty_hole_is_all_of_the_slice() -> None:
