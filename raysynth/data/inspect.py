@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
+from raysynth.condition import Box
 from raysynth.data.statistics import (
     HU_EDGES,
     SIZE_EDGES_MM,
@@ -143,8 +144,8 @@ def _volume_tiles(root: zarr.Group) -> list[Tile]:
         repeat = max(1, round(case.volume.spacing_mm[0] / (case.volume.spacing_mm[2] * thin)))
         coronal = np.s_[::-1, y, ::thin]
         tiles += [
-            Tile(hu[axial], layout[axial], None, f"case {number}, {attributes.split}"),
-            Tile(hu[coronal].repeat(repeat, 0), layout[coronal].repeat(repeat, 0), None, "coronal"),
+            Tile(hu[axial], layout[axial], (), f"case {number}, {attributes.split}"),
+            Tile(hu[coronal].repeat(repeat, 0), layout[coronal].repeat(repeat, 0), (), "coronal"),
         ]
     return tiles
 
@@ -156,12 +157,12 @@ def _sample_tiles(samples: SampleSet) -> list[Tile]:
         # Of a cube the middle plane, and of its box the square there.
         middle = tuple(size // 2 for size in samples.shape[:-2])
         corners = samples.index["box"][row].reshape(2, -1)[:, -2:]
-        y0, x0, y1, x1 = (int(corner) for corner in corners.ravel())
+        box: Box = tuple(corners.ravel().tolist())
         tiles.append(
             Tile(
                 measurable(samples.read("hu", row, row + 1)[0][middle], samples.attrs["intensity"]),
                 samples.read("layout", row, row + 1)[0][middle],
-                (y0, x0, y1, x1),
+                [box] if box[0] >= 0 else (),
                 _caption(samples, row),
             )
         )

@@ -204,7 +204,7 @@ def _nodule_tile(root: zarr.Group, number: int, case: VolumeAttrs, nodule: Nodul
     outline = np.where(layout == Label.NODULE, layout, np.uint8(0))
     readers = len(nodule.ratings)
     caption = f"case {number + 1}, {nodule.diameter_mm:.0f} mm, {readers} readers"
-    return Tile(hu, outline, None, caption)
+    return Tile(hu, outline, caption=caption)
 
 
 def real_tiles(real: SampleSet) -> list[Tile]:
@@ -239,7 +239,7 @@ def _tile(samples: SampleSet, row: int, caption: str) -> Tile:
     """A slice; of a volume, three planes."""
     hu, layout, box = _image(samples, row)
     if hu.ndim == 2:
-        return Tile(hu, layout, box, caption)
+        return Tile(hu, layout, [box] if box else (), caption)
     return planes_tile(hu, layout, box, caption)
 
 
@@ -311,7 +311,7 @@ def _denoising_tiles(config: ExperimentConfig, real: SampleSet, synthetic: Sampl
     sampler = BundleSampler(config.bundle_path, sampling, config.seed, real.shape[-1])
     steps, frames = sampler.denoising(first, NUM_FRAMES)
     return [
-        Tile(frame, None, first.condition.box, f"step {step}")
+        Tile(frame, boxes=[asked] if (asked := first.condition.box) else (), caption=f"step {step}")
         for step, frame in zip(steps, frames, strict=True)
     ]
 

@@ -14,7 +14,7 @@ from raysynth.config.model import Window
 from raysynth.evaluation.regions import nodule_boxes
 from raysynth.layout.morphology import bounding_box
 from raysynth.report.html import Scroll, Tile
-from raysynth.report.pictures import PLANES, planes, three_planes
+from raysynth.report.pictures import PLANES, beside, plane_boxes, planes, three_planes
 from raysynth.sampling.adherence import within
 from raysynth.store.reader import SampleSet
 from raysynth.volume import AIR_HU
@@ -62,7 +62,8 @@ def planes_tile(
 ) -> Tile:
     """Axial, coronal and sagittal plane through the middle of what was asked for, side by side."""
     at = middle_of(layout, box)
-    return Tile(three_planes(hu, at, AIR_HU), three_planes(layout, at), None, caption)
+    boxes = beside(plane_boxes(box, hu.shape), hu.shape) if box else ()
+    return Tile(three_planes(hu, at, AIR_HU), three_planes(layout, at), boxes, caption)
 
 
 def scrolls(real: SampleSet, synthetic: SampleSet, reference: str) -> list[Scroll]:
@@ -126,8 +127,11 @@ def compared_rows(
     for label, hu in SHOWN_HU.items():
         drawn[layout == label] = hu
     images = (planes(one, at) for one in (host, drawn, sample, difference))
+    boxes = [[one] for one in plane_boxes(box, layout.shape)] if box else [[]] * len(PLANES)
     rows: list[Sequence[Tile]] = []
-    for plane, outline, *of_plane in zip(PLANES, planes(layout, at), *images, strict=True):
+    for plane, outline, asked, *of_plane in zip(
+        PLANES, planes(layout, at), boxes, *images, strict=True
+    ):
         captions = (
             f"{reference} host, {plane}",
             "layout asked for",
@@ -136,7 +140,7 @@ def compared_rows(
         )
         rows.append(
             [
-                Tile(hu, outline if number != 3 else None, None, caption)
+                Tile(hu, outline if number != 3 else None, asked, caption)
                 for number, (hu, caption) in enumerate(zip(of_plane, captions, strict=True))
             ]
         )

@@ -34,7 +34,7 @@ class Tile:
 
     hu: NDArray[np.int16]
     layout: NDArray[np.uint8] | None = None
-    box: Box | None = None
+    boxes: Sequence[Box] = ()
     caption: str = ""
 
 
@@ -316,7 +316,7 @@ def _tile(tile: Tile, window_hu: tuple[float, float]) -> dict[str, object]:
     height, width = tile.hu.shape
     return {
         "png": png_data_uri(grey(tile.hu, window_hu)),
-        "overlay": overlay_svg(tile.layout, tile.box),
+        "overlay": overlay_svg(tile.layout, tile.boxes),
         "width": width,
         "height": height,
         "caption": tile.caption,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -61,6 +61,22 @@ def planes(volume: NDArray[Item], at: tuple[int, int, int]) -> tuple[NDArray[Ite
     """The `PLANES` of a volume (z, y, x) through a voxel: (y, x), (z, x) and (z, y), head up."""
     z, y, x = at
     return volume[z], volume[::-1, y], volume[::-1, :, x]
+
+
+def plane_boxes(box: Box, shape: Sequence[int]) -> tuple[Box, Box, Box]:
+    """A box (z0, y0, x0, z1, y1, x1) as it lies in the `planes` of a volume of this shape."""
+    z0, y0, x0, z1, y1, x1 = box
+    below, above = shape[0] - z1, shape[0] - z0
+    return (y0, x0, y1, x1), (below, x0, above, x1), (below, y0, above, y1)
+
+
+def beside(boxes: Sequence[Box], shape: Sequence[int]) -> list[Box]:
+    """The `plane_boxes` of a volume of this shape, as they lie in its `three_planes`."""
+    width = shape[2] + GAP_PX
+    return [
+        (y0, x0 + number * width, y1, x1 + number * width)
+        for number, (y0, x0, y1, x1) in enumerate(boxes)
+    ]
 
 
 def three_planes(volume: NDArray[Item], at: tuple[int, int, int], fill: int = 0) -> NDArray[Item]:
@@ -127,8 +143,8 @@ def webp_data_uri(encoded: bytes) -> str:
     return "data:image/webp;base64," + base64.b64encode(encoded).decode()
 
 
-def overlay_svg(layout: NDArray[np.uint8] | None, box: Box | None) -> str:
-    """Outlines of lungs, organs and lesions, and the box, in the pixel coordinates of the tile."""
+def overlay_svg(layout: NDArray[np.uint8] | None, boxes: Sequence[Box]) -> str:
+    """Outlines of lungs, organs and lesions, and boxes, in the pixel coordinates of the tile."""
     parts: list[str] = []
     if layout is not None:
         lungs = np.isin(layout, [*LUNG_LABELS, Label.NODULE])
@@ -137,8 +153,7 @@ def overlay_svg(layout: NDArray[np.uint8] | None, box: Box | None) -> str:
             parts += [f'<path class="organ" d="{path}"/>' for path in _outlines(layout == label)]
         lesion = np.isin(layout, (Label.NODULE, Label.TUMOUR))
         parts += [f'<path class="nodule" d="{path}"/>' for path in _outlines(lesion)]
-    if box is not None and min(box) >= 0:
-        y0, x0, y1, x1 = box
+    for y0, x0, y1, x1 in boxes:
         parts.append(
             f'<rect class="box" x="{x0 - 1}" y="{y0 - 1}" '
             f'width="{x1 - x0 + 2}" height="{y1 - y0 + 2}"/>'

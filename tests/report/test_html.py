@@ -28,7 +28,10 @@ def _tile(caption: str) -> Tile:
     layout[8:24, 4:14] = Label.RIGHT_LUNG
     layout[12:16, 6:10] = Label.NODULE
     return Tile(
-        np.where(layout == Label.BODY, 40, -850).astype(np.int16), layout, (12, 6, 16, 10), caption
+        np.where(layout == Label.BODY, 40, -850).astype(np.int16),
+        layout,
+        [(12, 6, 16, 10)],
+        caption,
     )
 
 
@@ -153,7 +156,7 @@ def test_a_trial_of_usefulness_shows_a_table_and_verdicts_for_each_task(tmp_path
 
 def test_the_overlay_lies_on_its_pixels() -> None:
     tile = _tile("")
-    svg = overlay_svg(tile.layout, tile.box)
+    svg = overlay_svg(tile.layout, tile.boxes)
     path = re.search(r'class="nodule" d="M([^"Z]+)', svg)
     assert path
     points = np.array(path[1].split(), float).reshape(-1, 2)

@@ -13,6 +13,8 @@ from raysynth.report.pictures import (
     GAP_PX,
     MAX_FRAMES,
     MAX_SCROLL_BYTES,
+    beside,
+    plane_boxes,
     planes,
     scroll,
     three_planes,
@@ -43,6 +45,24 @@ def test_planes_beside_each_other_keep_their_scale() -> None:
     assert (picture[:, 6 : 6 + GAP_PX] == -1).all()
     assert np.array_equal(picture[:4, 6 + GAP_PX : 12 + GAP_PX], volume[::-1, 2])
     assert (picture[4:, 6:] == -1).all()
+
+
+def test_a_box_lies_in_every_plane_where_its_voxels_are() -> None:
+    volume, box = np.zeros((8, 9, 10), np.uint8), (1, 2, 3, 4, 6, 8)
+    volume[1:4, 2:6, 3:8] = 1
+    at = (2, 4, 5)
+    in_planes = plane_boxes(box, volume.shape)
+    picture = three_planes(volume, at)
+    for plane, one in zip(planes(volume, at), in_planes, strict=True):
+        assert np.array_equal(plane == 1, _filled(plane.shape, [one]))
+    assert np.array_equal(picture == 1, _filled(picture.shape, beside(in_planes, volume.shape)))
+
+
+def _filled(shape: tuple[int, ...], boxes: list[tuple[int, ...]]) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    for y0, x0, y1, x1 in boxes:
+        mask[y0:y1, x0:x1] = True
+    return mask
 
 
 def _frames(encoded: bytes) -> list[np.ndarray]:
