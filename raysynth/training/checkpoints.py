@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill at any moment and a flipped bit anywhere.
 
-A checkpoint is written under a temporary name, synced, summed up in a manifest (the SHA-256 of
+A checkpoint is written and synced under a temporary name, summed up in a manifest (the SHA-256 of
 every file), renamed, and only then named by the pointer `latest`. Reading verifies every byte and
 falls back to the newest older one that is whole.
 """
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,21 +66,25 @@ class CheckpointFolder:
                 leftover.unlink()
         self.staging(seen_samples).mkdir(parents=True)
 
-    def commit(self, seen_samples: int, state: State) -> None:
-        """Turns the staged folder, all files written, into the newest checkpoint (rank 0)."""
+    def commit(self, seen_samples: int, state: State, files: Mapping[str, str]) -> None:
+        """Turns the staged folder into the newest checkpoint (rank 0).
+
+        Args:
+            seen_samples: names it.
+            state: of the run.
+            files: in the folder, written and synced, and the SHA-256 of each.
+        """
         staged, path = self.staging(seen_samples), self.path(seen_samples)
-        files = {name: _sync_and_digest(staged / name) for name in _files(staged)}
-        manifest: dict[str, Any] = {"state": state, "files": files}
+        manifest: dict[str, Any] = {"state": state, "files": dict(files)}
         manifest["digest"] = fingerprint(manifest)
-        _write_synced(staged / MANIFEST, json.dumps(manifest, indent=1))
-        for folder in [*(f for f in staged.rglob("*") if f.is_dir()), staged]:
-            _sync(folder)
+        write_synced(staged / MANIFEST, json.dumps(manifest, indent=1))
+        _sync(staged)
         if path.exists():  # a run that fell back behind a damaged checkpoint reaches it again
             shutil.rmtree(path)
         staged.rename(path)
         _sync(self.root)
         pointer = self.root / f"{STAGING_PREFIX}{POINTER}"
-        _write_synced(pointer, path.name)
+        write_synced(pointer, path.name)
         pointer.rename(self.root / POINTER)
         _sync(self.root)
         # Later ones were damaged, or this run would have started from them.
@@ -140,13 +145,8 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
-def _sync_and_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
+def write_synced(path: Path, text: str) -> None:
+    """Writes a file, and returns when it is on the disk."""
     with open(path, "w") as file:
         file.write(text)
         file.flush()

@@ -31,7 +31,3 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         # One fused pass over all tensors: a Python loop costs more than the arithmetic.
         torch._foreach_lerp_(self.average, self._tensors, 1.0 - decay)
-
-    def restore(self, average: Sequence[torch.Tensor]) -> None:
-        """Goes on from a saved average."""
-        torch._foreach_copy_(self.average, list(average))

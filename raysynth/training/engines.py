@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,17 +14,16 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from raysynth.config import TrainingConfig
-from raysynth.errors import UnfitCheckpoint
 from raysynth.models.gan import Adversaries
-from raysynth.training.checkpoints import State
 from raysynth.training.context import WorkerContext
+from raysynth.training.saving import Key, Saved
 
 logger = logging.getLogger(__name__)
 
 EngineName = Literal["plain", "ddp", "deepspeed"]
 
-STATE_FILE = "state.pt"
-ZERO_TAG = "zero"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW, as torch calls them."""
 
 
 def choose_engine(config: TrainingConfig) -> tuple[EngineName, str]:
@@ -64,6 +62,7 @@ class Engine:
         module: what to call in the forward pass; it may be wrapped.
         bare_module: the same without wrappers.
         parameters: those of its parameters that are trained, in its order.
+        names: of these.
         device: where batches must be.
     """
 
@@ -74,7 +73,8 @@ class Engine:
         self.accelerator = self._accelerator(config)
         self.device: torch.device = self.accelerator.device
         self.bare_module = module
-        self.parameters: list[Any] = [p for p in module.parameters() if p.requires_grad]
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(trained), list[Any](trained.values())
         self.module: Any
         self.optimizer: Any
         optimizer = torch.optim.AdamW(
@@ -140,70 +140,132 @@ class Engine:
         if self.world_size > 1:
             torch.distributed.barrier()
 
-    def averaged_tensors(self) -> list[torch.Tensor]:
-        """What the EMA follows: this worker's part of every trained parameter, in order."""
-        return self.parameters
+    def owned(self) -> list[torch.Tensor]:
+        """This worker's run of every trained parameter, flattened, in order: views.
 
-    def whole(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Whole parameters from what `averaged_tensors` or an EMA of it holds. All ranks call."""
-        return tensors
+        Every worker owns an equal part: it averages and writes that, and no other does.
+        """
+        return [p.detach().view(-1)[self._part_of(p.numel())] for p in self.parameters]
 
-    def part(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """This worker's part of whole parameters, the inverse of `whole`."""
-        return tensors
+    def whole(self, owned: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Whole parameters from runs like those of `owned`. All ranks call it."""
+        shapes = [self._shape(p) for p in self.parameters]
+        if self.world_size == 1:
+            return [run.view(shape) for run, shape in zip(owned, shapes, strict=True)]
+        return [self._gather(run, shape) for run, shape in zip(owned, shapes, strict=True)]
 
-    def save(self, folder: Path, ema: list[torch.Tensor]) -> None:
-        """Writes the weights, the optimizer and the EMA. All ranks call it.
+    def runs(self, average: list[torch.Tensor]) -> dict[Key, torch.Tensor]:
+        """What this worker writes into a checkpoint; `average` are runs like those of `owned`.
 
         What is frozen is left out: it is large, and where it came from.
         """
-        whole_ema = self.whole(ema)
+        runs: dict[Key, torch.Tensor] = {}
+        for name, p, weight, mean in zip(
+            self.names, self.parameters, self.owned(), average, strict=True
+        ):
+            start = self._part_of(self._shape(p).numel()).start
+            runs[Key("weight", name, start)] = weight
+            runs[Key("average", name, start)] = mean
+        for name, p in zip(self.names, self.parameters, strict=True):
+            for start, tensor, place in self._optimized(p):
+                if self._holds_whole:
+                    start, place = self._part_of(p.numel()).start, self._part_of(p.numel())
+                for moment in MOMENTS:
+                    found = self._adamw.state.get(tensor, {}).get(moment)
+                    if found is not None:
+                        runs[Key(moment, name, start)] = found.view(-1)[place]
         if self.rank == 0:
-            frozen = {n for n, p in self.bare_module.named_parameters() if not p.requires_grad}
-            weights = self.bare_module.state_dict()
-            state = {
-                "module": {name: weights[name] for name in weights if name not in frozen},
-                "optimizer": self.optimizer.state_dict(),
-                "ema": whole_ema,
-            }
-            torch.save(state, folder / STATE_FILE)
+            runs |= {Key("buffer", name, 0): b.view(-1) for name, b in self._buffers().items()}
+        return runs
 
-    def load(self, folder: Path, layout: State) -> list[torch.Tensor]:
-        """Restores what `save` wrote.
+    def num_updates(self) -> int:
+        """Updates that the optimizer has made: AdamW corrects its moments by it."""
+        any_state: dict[str, torch.Tensor] = next(iter(self._adamw.state.values()), {})
+        return int(any_state.get("step", 0))
+
+    def restore(self, saved: Saved, average: list[torch.Tensor], num_updates: int) -> None:
+        """Takes over what the workers of a checkpoint wrote, under whatever engine.
 
         Args:
-            folder: a verified checkpoint.
-            layout: of the engine that wrote it.
-
-        Returns:
-            The EMA.
+            saved: the checkpoint's tensors.
+            average: is overwritten; runs like those of `owned`.
+            num_updates: of the optimizer by then.
 
         Raises:
-            UnfitCheckpoint: the checkpoint is another engine's, or of another number of workers.
+            UnfitCheckpoint: the checkpoint is of another architecture.
         """
-        self._check(layout)
-        # weights_only: nothing but tensors and plain values can come out of the file.
-        saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        weights = self.bare_module.state_dict() | saved["module"]
-        self.bare_module.load_state_dict(weights)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        return self.part(saved["ema"])
+        # On all ranks alike, before any of them waits for another.
+        shapes = map(self._shape, self.parameters)
+        saved.check("weight", {n: s.numel() for n, s in zip(self.names, shapes, strict=True)})
+        for name, p, mean in zip(self.names, self.parameters, average, strict=True):
+            part = self._part_of(self._shape(p).numel())
+            mean.copy_(saved.read("average", name, part.start, part.stop))
+            self._restore_weight(saved, name, p)
+            for start, tensor, place in self._optimized(p):
+                stop = start + place.stop - place.start
+                if tensor is not p:  # DeepSpeed's own copy
+                    tensor.data.view(-1)[place].copy_(saved.read("weight", name, start, stop))
+                if num_updates:
+                    state = self._state_of(tensor, num_updates)
+                    for moment in MOMENTS:
+                        state[moment].view(-1)[place].copy_(saved.read(moment, name, start, stop))
+        for name, buffer in self._buffers().items():
+            buffer.copy_(saved.read("buffer", name, 0, buffer.numel()).view(buffer.shape))
 
-    def layout(self) -> State:
-        """What a checkpoint's files depend on: `load` refuses another."""
-        return {"engine": "torch"}
+    def _part_of(self, count: int) -> slice:
+        """This worker's part of so many elements."""
+        size = -(-count // self.world_size)
+        return slice(min(self.rank * size, count), min((self.rank + 1) * size, count))
+
+    def _shape(self, p: Any) -> torch.Size:
+        """Of a whole parameter."""
+        shape: torch.Size = p.shape
+        return shape
+
+    _holds_whole = True
+    """Whether every worker holds the moments of all parameters."""
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        """The optimizer without wrappers."""
+        optimizer: torch.optim.Optimizer = self.optimizer.optimizer
+        return optimizer
+
+    def _optimized(self, p: Any) -> Iterator[tuple[int, torch.Tensor, slice]]:
+        """Where the optimizer keeps what it has of a parameter on this worker.
+
+        Yields:
+            First element of a run of the flattened parameter, the tensor that the optimizer steps,
+            and the run's place in that tensor, flattened.
+        """
+        yield 0, p, slice(0, p.numel())
+
+    def _state_of(self, tensor: torch.Tensor, num_updates: int) -> dict[str, torch.Tensor]:
+        """The optimizer's state of a tensor that it steps; made, if it has not stepped yet."""
+        state: dict[str, torch.Tensor] = self._adamw.state[tensor]
+        state["step"] = torch.tensor(float(num_updates), device=tensor.device)
+        for moment in MOMENTS:
+            state.setdefault(moment, torch.zeros_like(tensor))
+        return state
+
+    def _restore_weight(self, saved: Saved, name: str, p: Any) -> None:
+        p.data.copy_(saved.read("weight", name, 0, p.numel()).view(p.shape))
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """What the module keeps beside its parameters."""
+        kept = self.bare_module.state_dict(keep_vars=True).items()
+        return {name: one for name, one in kept if not isinstance(one, nn.Parameter)}
+
+    def _gather(self, run: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        size = -(-shape.numel() // self.world_size)
+        mine = torch.nn.functional.pad(run, (0, size - run.numel()))
+        pieces = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(pieces, mine)
+        return torch.cat(pieces)[: shape.numel()].view(shape)
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
-
-    def _check(self, layout: State) -> None:
-        if layout != self.layout():
-            raise UnfitCheckpoint(
-                f"the checkpoint was written by {layout} and this run is "
-                f"{self.layout()}: go on with that engine and number of workers, or train under "
-                "another name"
-            )
 
 
 class DeepSpeedEngine(Engine):
@@ -252,65 +314,52 @@ class DeepSpeedEngine(Engine):
         self.module.step()
         return float(self.module.get_global_grad_norm())
 
-    def averaged_tensors(self) -> list[torch.Tensor]:
-        """What the EMA follows: under ZeRO-3 this worker's slice of every parameter."""
+    def owned(self) -> list[torch.Tensor]:
+        """This worker's run of every trained parameter; under ZeRO-3 all that it holds of it."""
         if self.zero_stage != 3:
-            return self.parameters
-        return [p.ds_tensor for p in self.parameters]
-
-    def whole(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Whole parameters: under ZeRO-3 the ranks' slices, in order, without the padding."""
-        if self.zero_stage != 3:
-            return tensors
+            return super().owned()
+        parts = [self._part_of(p.ds_numel) for p in self.parameters]
         return [
-            self._gather(piece)[: p.ds_numel].view(p.ds_shape)
-            for piece, p in zip(tensors, self.parameters, strict=True)
+            p.ds_tensor.detach().view(-1)[: part.stop - part.start]
+            for p, part in zip(self.parameters, parts, strict=True)
         ]
 
-    def part(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """This worker's part of whole parameters."""
+    def _shape(self, p: Any) -> torch.Size:
+        return torch.Size(p.ds_shape) if self.zero_stage == 3 else super()._shape(p)
+
+    @property
+    def _holds_whole(self) -> bool:  # type: ignore[override]
+        return self.zero_stage == 0
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.module.optimizer
+        return optimizer if self.zero_stage == 0 else optimizer.optimizer  # type: ignore[attr-defined]
+
+    def _optimized(self, p: Any) -> Iterator[tuple[int, torch.Tensor, slice]]:
+        """Where DeepSpeed keeps this worker's run of a parameter: in a tensor of many such runs."""
+        zero = self.module.optimizer
+        if self.zero_stage == 0:
+            yield from super()._optimized(p)
+        elif self.zero_stage == 3:
+            group, first, _ = zero.grad_position[zero.get_param_id(p)]
+            part = self._part_of(p.ds_numel)
+            place = slice(int(first), int(first) + part.stop - part.start)
+            yield part.start, zero.fp32_partitioned_groups_flat[group], place
+        elif p._hp_mapping is not None:
+            here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+            flat = zero.single_partition_of_fp32_groups[p._hp_mapping.param_group_index]
+            yield here.start, flat, slice(there.start, there.start + there.numel)
+
+    def _restore_weight(self, saved: Saved, name: str, p: Any) -> None:
         if self.zero_stage != 3:
-            return tensors
-        pieces = []
-        for tensor, p in zip(tensors, self.parameters, strict=True):
-            size = p.ds_tensor.numel()
-            piece = torch.zeros_like(p.ds_tensor, dtype=torch.float32)
-            mine = tensor.flatten()[self.rank * size : (self.rank + 1) * size]
-            piece[: mine.numel()] = mine
-            pieces.append(piece)
-        return pieces
+            super()._restore_weight(saved, name, p)
+            return
+        from deepspeed.runtime.zero import GatheredParameters
 
-    def _gather(self, piece: torch.Tensor) -> torch.Tensor:
-        pieces = [torch.empty_like(piece) for _ in range(self.world_size)]
-        torch.distributed.all_gather(pieces, piece)
-        return torch.cat(pieces)
-
-    def save(self, folder: Path, ema: list[torch.Tensor]) -> None:
-        """Writes DeepSpeed's own sharded checkpoint and the EMA. All ranks call it."""
-        self.module.save_checkpoint(
-            folder, tag=ZERO_TAG, save_latest=False, exclude_frozen_parameters=True
-        )
-        whole_ema = self.whole(ema)
-        if self.rank == 0:
-            torch.save({"ema": whole_ema}, folder / STATE_FILE)
-
-    def load(self, folder: Path, layout: State) -> list[torch.Tensor]:
-        """Restores what `save` wrote; see `Engine.load`.
-
-        DeepSpeed's files are pickles: their SHA-256 has been compared with this run's own manifest.
-        """
-        self._check(layout)
-        self.module.load_checkpoint(folder, tag=ZERO_TAG, load_module_strict=False)
-        saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        return self.part(saved["ema"])
-
-    def layout(self) -> State:
-        """What a checkpoint's files depend on."""
-        return {
-            "engine": "deepspeed",
-            "zero_stage": self.zero_stage,
-            "num_workers": self.world_size,
-        }
+        with GatheredParameters([p], modifier_rank=0):
+            if self.rank == 0:
+                super()._restore_weight(saved, name, p)
 
 
 def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

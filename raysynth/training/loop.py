@@ -21,6 +21,7 @@ from raysynth.training.ema import Ema
 from raysynth.training.engines import Engine, open_engine
 from raysynth.training.history import History, Meter
 from raysynth.training.objectives import Batch, Objective
+from raysynth.training.saving import Saved, Saver
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +98,16 @@ def fit(
     """Trains `objective.module` until enough samples are seen or the time is up.
 
     Raises:
-        UnfitCheckpoint: the newest checkpoint belongs to another recipe or engine.
+        UnfitCheckpoint: the newest checkpoint belongs to another recipe.
         Diverged: too many steps in a row had a gradient that is not finite.
     """
     with ExitStack() as stack:
         engine = stack.enter_context(open_engine(objective.module, config, context))
-        ema = Ema(engine.averaged_tensors(), config.ema_decay)
+        ema = Ema(engine.owned(), config.ema_decay)
 
         # Go on from the newest checkpoint that is whole, or start.
         checkpoints = CheckpointFolder(files.checkpoints, config.keep_checkpoints)
+        saver = Saver(checkpoints, engine.rank, engine.world_size)
         now = _resume(engine, ema, checkpoints, files)
         first, earlier_s, started = now.seen_samples, now.seconds, time.monotonic()
         history = stack.enter_context(_open_history(context, config, files, now))
@@ -123,6 +125,7 @@ def fit(
 
             # Clip, update and average; a gradient that is not finite changes nothing.
             learning_rate = _learning_rate(config, now.seen_samples)
+            saver.settle()
             applied = meter.end_step(engine.step(learning_rate))
             now.step += 1
             if applied:
@@ -150,11 +153,13 @@ def fit(
             if history:
                 history.advance(now.seen_samples, now.loss)
 
-            # Write a picture and a checkpoint.
+            # Write a picture and a checkpoint, which goes to disk while training goes on.
             if saving:
                 _show(objective, engine, batch, history, now)
-                context.report(_counters(now), _save(engine, ema, checkpoints, now, files))
+                _save(engine, ema, saver, now, files)
+                context.report(_counters(now), checkpoints.path(now.seen_samples))
 
+        saver.wait()
         rate = (now.seen_samples - first) / max(time.monotonic() - started, 1e-9)
         return Outcome(_average_weights(engine, ema), now, rate)
 
@@ -184,32 +189,26 @@ def _resume(engine: Engine, ema: Ema, checkpoints: CheckpointFolder, files: RunF
             f"{checkpoint.state['fingerprint']}, this one has {files.fingerprint}): give the "
             "recipe another name, or delete that folder"
         )
-    average = engine.load(checkpoint.path, checkpoint.state["layout"])
-    ema.restore(average)
+    with Saved(checkpoint.path) as saved:
+        engine.restore(saved, ema.average, checkpoint.state["num_updates"])
     standing = Standing(**checkpoint.state["standing"])
     logger.info("going on from %s", checkpoint.path)
     return standing
 
 
-def _save(
-    engine: Engine, ema: Ema, checkpoints: CheckpointFolder, now: Standing, files: RunFiles
-) -> Path:
-    """Writes a checkpoint; all ranks write their files, rank 0 commits them."""
+def _save(engine: Engine, ema: Ema, saver: Saver, now: Standing, files: RunFiles) -> None:
+    """Begins to write a checkpoint, after the last one is written. All ranks call it."""
+    saver.wait()
     if engine.rank == 0:
-        checkpoints.stage(now.seen_samples)
+        saver.checkpoints.stage(now.seen_samples)
     engine.barrier()
-    engine.save(checkpoints.staging(now.seen_samples), ema.average)
-    engine.barrier()
-    if engine.rank == 0:
-        state = {
-            "standing": asdict(now),
-            "fingerprint": files.fingerprint,
-            "snapshot": files.snapshot,
-            "layout": engine.layout(),
-        }
-        checkpoints.commit(now.seen_samples, state)
-    engine.barrier()
-    return checkpoints.path(now.seen_samples)
+    state = {
+        "standing": asdict(now),
+        "num_updates": engine.num_updates(),
+        "fingerprint": files.fingerprint,
+        "snapshot": files.snapshot,
+    }
+    saver.save(now.seen_samples, engine.runs(ema.average), state)
 
 
 def _show(

@@ -9,18 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from raysynth.seeding import fingerprint
 from raysynth.training.checkpoints import CheckpointFolder
+from raysynth.training.saving import Key, Saver
+
+FILES = ("rank-00000.safetensors", "rank-00001.safetensors")
 
 
 def write(folder: CheckpointFolder, seen_samples: int) -> Path:
+    """As two workers would, one after the other."""
     folder.stage(seen_samples)
-    staged = folder.staging(seen_samples)
-    (staged / "state.pt").write_bytes(random.Random(seen_samples).randbytes(500))
-    (staged / "zero").mkdir()
-    (staged / "zero" / "rank1").write_bytes(b"part")
-    folder.commit(seen_samples, {"seen": seen_samples})
+    for rank in (1, 0):
+        values = torch.randn(60, generator=torch.Generator().manual_seed(seen_samples + rank))
+        saver = Saver(folder, rank, 2)
+        saver.save(seen_samples, {Key("weight", "w", 60 * rank): values}, {"seen": seen_samples})
+        saver.wait()
     return folder.path(seen_samples)
 
 
@@ -72,7 +77,7 @@ def test_what_a_killed_writer_leaves_behind_does_no_harm(tmp_path: Path) -> None
     folder = CheckpointFolder(tmp_path, keep=3)
     write(folder, 10)
     folder.stage(20)  # killed while it wrote its files
-    (folder.staging(20) / "state.pt").write_bytes(b"half")
+    (folder.staging(20) / FILES[0]).write_bytes(b"half")
     assert newest(folder) == 10
     path = write(folder, 20)
     assert newest(folder) == 20
@@ -130,7 +135,7 @@ def test_a_run_that_fell_back_drops_the_damaged_future(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     write(folder, 10)
     folder.keep = 2
-    (write(folder, 30) / "state.pt").unlink()
+    (write(folder, 30) / FILES[1]).unlink()
     assert newest(folder) == 10
     folder.keep = 1
     write(folder, 20)

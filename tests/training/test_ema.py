@@ -25,14 +25,3 @@ def test_no_decay_keeps_the_plain_weights() -> None:
     tensor += 1
     ema.update(1)
     torch.testing.assert_close(ema.average[0], tensor)
-
-
-def test_a_restored_average_goes_on_where_it_was() -> None:
-    tensor = torch.ones(4)
-    one, other = Ema([tensor], 0.9), Ema([tensor], 0.9)
-    tensor.mul_(3)
-    one.update(1)
-    other.restore(one.average)
-    for ema in (one, other):
-        ema.update(2)
-    assert torch.equal(one.average[0], other.average[0])

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from raysynth.training.engines import choose_engine
+from raysynth.training.history import read_history
 from tests.training.tiny import fit_tiny, tiny_config
+from tests.training.two_workers import FIRST, LAST
 
 
 def test_auto_takes_the_simplest_engine() -> None:
@@ -22,6 +25,8 @@ def test_auto_takes_the_simplest_engine() -> None:
 
 @pytest.mark.slow
 def test_every_engine_on_two_workers_equals_one(tmp_path: Path) -> None:
+    """Alone, and where each goes on from another's checkpoint, on one worker or two."""
+    fit_tiny(tmp_path / "chain", tiny_config(max_seen_samples=FIRST))
     extensions = tmp_path / "extensions"
     subprocess.run(
         [
@@ -35,6 +40,17 @@ def test_every_engine_on_two_workers_equals_one(tmp_path: Path) -> None:
     )
     assert not extensions.exists()  # DeepSpeed compiled nothing
     alone = fit_tiny(tmp_path / "alone", tiny_config())
+    assert LAST == 64
+    chained = fit_tiny(tmp_path / "chain", tiny_config(max_seen_samples=80))
+    straight = fit_tiny(tmp_path / "straight", tiny_config(max_seen_samples=80))
+    curves = [
+        [point["loss"] for point in read_history(tmp_path / name / "log" / "history.jsonl")]
+        for name in ("chain", "straight")
+    ]
+    assert len(curves[0]) == 10
+    assert curves[0] == pytest.approx(curves[1], abs=1e-6)
+    for name, tensor in chained.weights.items():
+        torch.testing.assert_close(tensor, straight.weights[name], rtol=0, atol=1e-5)
     total = sum(float(tensor.double().abs().sum()) for tensor in alone.weights.values())
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 8

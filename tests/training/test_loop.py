@@ -85,12 +85,12 @@ def test_a_damaged_checkpoint_costs_an_interval_and_no_more(
     tmp_path: Path, unbroken: tuple[Path, Outcome], caplog: pytest.LogCaptureFixture
 ) -> None:
     fit_tiny(tmp_path, tiny_config(max_seen_samples=48))
-    newest = tmp_path / "checkpoints" / "seen-000000000048" / "state.pt"
+    newest = tmp_path / "checkpoints" / "seen-000000000048" / "rank-00000.safetensors"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     resumed = fit_tiny(tmp_path, tiny_config())
-    assert "state.pt does not match its SHA-256" in caplog.text
+    assert "rank-00000.safetensors does not match its SHA-256" in caplog.text
     assert_same(resumed, unbroken[1])
     assert curve(tmp_path) == curve(unbroken[0])
 

@@ -40,10 +40,22 @@ class SharedStream(ArrayStream):
             yield {name: column[mine] for name, column in batch.items()}
 
 
+CHAIN = ("ddp", "zero3", "zero1", "zero0", "zero2", "ddp")
+"""Engines that go on from each other's checkpoints, 8 samples each."""
+
+FIRST, LAST = 16, 16 + 8 * len(CHAIN)
+"""Samples seen before and after the chain: one worker alone begins, and may go on."""
+
+
 def main(folder: Path) -> None:
     """Leaves losses and a checksum of the averaged weights of every engine in results.json."""
     context = LocalContext.from_environment()
     results = {}
+    for number, name in enumerate(CHAIN, start=1):
+        config = tiny_config(
+            num_workers=2, open_shards=2, max_seen_samples=FIRST + 8 * number, **ENGINES[name]
+        )
+        fit(tiny_objective(), SharedStream(context), config, context, files_in(folder / "chain"))
     for name, settings in ENGINES.items():
         for max_seen_samples in (32, 64):  # the second goes on from the first
             config = tiny_config(
