@@ -46,6 +46,10 @@ class Diverged(RaysynthError):
     """Training lost its way; every worker of the run finds that alike."""
 
 
+class Stopped(RaysynthError):
+    """Training was asked to end before it had ended; the same command goes on."""
+
+
 class StoreConflict(RaysynthError):
     """Somebody else wrote to the store meanwhile; what this run did stays on its own branch."""
 

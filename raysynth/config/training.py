@@ -21,6 +21,8 @@ class TrainingConfig(Section):
     max_seconds: float | None = Field(None, gt=0)
     """Stop early, with a bundle, after so long (a laptop, a queue's time limit)."""
     num_workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(None, ge=1)
+    """Go on with fewer workers while nodes are missing, down to so many; None: wait for all."""
     use_gpu: bool = False
     threads_per_worker: int = Field(1, ge=1)
     """OpenMP threads of a CPU worker. Workers times threads should not exceed the cores."""
@@ -55,18 +57,32 @@ class TrainingConfig(Section):
                 f"global_batch_size {self.global_batch_size} is not a multiple of open_shards "
                 f"{self.open_shards}: change one of them"
             )
-        if self.open_shards % self.num_workers:
+        if self.fewest_workers > self.num_workers:
             raise ValueError(
-                f"open_shards {self.open_shards} is not a multiple of num_workers "
-                f"{self.num_workers}: change one of them"
+                f"min_workers {self.min_workers} exceeds num_workers {self.num_workers}: change one"
             )
-        micro = self.micro_batch_size
-        if micro is not None and self.local_batch_size % micro:
-            raise ValueError(
-                f"a worker's share of the batch, {self.local_batch_size}, is not a multiple of "
-                f"micro_batch_size {micro}: change one of them"
-            )
+        for count in range(self.fewest_workers, self.num_workers + 1):
+            self._check_share(count)
         return self
+
+    def _check_share(self, num_workers: int) -> None:
+        """Whether the batch can be shared by so many workers."""
+        if self.open_shards % num_workers:
+            raise ValueError(
+                f"open_shards {self.open_shards} is not a multiple of num_workers {num_workers}: "
+                "change one of them"
+            )
+        share, micro = self.global_batch_size // num_workers, self.micro_batch_size
+        if micro is not None and share % micro:
+            raise ValueError(
+                f"a worker's share of the batch, {share}, is not a multiple of micro_batch_size "
+                f"{micro}: change one of them"
+            )
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that training goes on with."""
+        return self.min_workers or self.num_workers
 
     @property
     def local_batch_size(self) -> int:

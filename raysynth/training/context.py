@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+Notice = Literal["leaving", "stop"]
+"""A machine will go, and the supervisor then starts the group again; or nobody will."""
 
 
 class WorkerContext(Protocol):
@@ -20,15 +24,25 @@ class WorkerContext(Protocol):
         """Number of workers."""
 
     def report(self, metrics: dict[str, float], checkpoint: Path) -> None:
-        """Tells the group's supervisor about a committed checkpoint. Every rank calls it."""
+        """Tells the group's supervisor about a checkpoint. Every rank calls it."""
+
+    def notice(self) -> Notice | None:
+        """Whether a worker's machine is about to be taken away. Every rank calls it, and waits."""
 
 
 @dataclass(frozen=True)
 class LocalContext:
-    """A process without Ray: alone, or one of a group that `torchrun` started."""
+    """A process without Ray: alone, or one of a group that `torchrun` started.
+
+    Attributes:
+        rank: its number.
+        world_size: processes of the group.
+        is_stopping: set when this process is asked to end.
+    """
 
     rank: int = 0
     world_size: int = 1
+    is_stopping: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def from_environment(cls) -> LocalContext:
@@ -37,3 +51,7 @@ class LocalContext:
 
     def report(self, metrics: dict[str, float], checkpoint: Path) -> None:
         """Nobody supervises: the checkpoint folder and the history already tell everything."""
+
+    def notice(self) -> Notice | None:
+        """Whether this process was asked to end."""
+        return "stop" if self.is_stopping.is_set() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from raysynth.config import ExperimentConfig
 from raysynth.errors import Diverged, InputError, RaysynthError, UnfitCheckpoint
 from raysynth.progress import progress
 from raysynth.session import check_resources
-from raysynth.training.context import LocalContext
+from raysynth.training.context import LocalContext, Notice
 from raysynth.training.history import HISTORY_FILE, read_history
 from raysynth.training.worker import RunPlan, TrainSummary, finished_run, plan_run, train_and_bundle
 
@@ -67,11 +68,26 @@ def _fits_this_process(config: ExperimentConfig) -> bool:
 def _in_this_process(config: ExperimentConfig, plan: RunPlan) -> TrainSummary:
     threads = torch.get_num_threads()
     try:
-        summary = train_and_bundle(config, plan, LocalContext())
+        with _heed_termination() as is_stopping:
+            summary = train_and_bundle(config, plan, LocalContext(is_stopping=is_stopping))
     finally:
         torch.set_num_threads(threads)
     assert summary is not None
     return summary
+
+
+@contextmanager
+def _heed_termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets: batch systems send it some time before they kill."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # nobody else hears signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _on_ray(config: ExperimentConfig, plan: RunPlan) -> TrainSummary:
@@ -80,14 +96,17 @@ def _on_ray(config: ExperimentConfig, plan: RunPlan) -> TrainSummary:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     training = config.training
-    check_resources(training.num_workers, _resources(config), "training")
+    check_resources(training.fewest_workers, _resources(config), "training")
     # A report waits for the controller to look: every checkpoint would stand still for 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    count: Any = training.num_workers
+    if training.min_workers is not None:  # elastic
+        count = training.min_workers, training.num_workers
     trainer = TorchTrainer(
         _ray_worker,  # type: ignore[arg-type]
         train_loop_config={"config": config, "plan": plan},
         scaling_config=ScalingConfig(
-            num_workers=training.num_workers,
+            num_workers=count,
             use_gpu=training.use_gpu,
             resources_per_worker=_resources(config),
         ),
@@ -142,6 +161,12 @@ class RayTrainContext:
                 (Path(folder) / "checkpoint.json").write_text(text)
                 note = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=note)
+
+    def notice(self) -> Notice | None:
+        """Whether Ray was told that a node of the group will go."""
+        import ray.train
+
+        return "leaving" if ray.train.get_preemption_info() is not None else None
 
 
 def _environment(config: ExperimentConfig) -> dict[str, str]:

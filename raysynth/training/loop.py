@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raysynth.config import TrainingConfig
-from raysynth.errors import Diverged, UnfitCheckpoint
+from raysynth.errors import Diverged, Stopped, UnfitCheckpoint
 from raysynth.training.checkpoints import CheckpointFolder
 from raysynth.training.context import WorkerContext
 from raysynth.training.ema import Ema
@@ -26,6 +26,9 @@ from raysynth.training.saving import Saved, Saver
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
+
+NOTICE_EVERY_S = 2.0
+"""So often workers ask whether one of them must go. They wait for each other then."""
 
 
 class Stream(Protocol):
@@ -88,6 +91,27 @@ class Outcome:
     samples_per_s: float
 
 
+class Stride:
+    """When workers ask for notices: every few steps, the same on all of them."""
+
+    def __init__(self) -> None:
+        """Begins with every step."""
+        self.steps, self.done = 1, 0
+
+    def is_due(self, engine: Engine, seconds: float) -> bool:
+        """After a step: whether to ask now.
+
+        Args:
+            engine: agrees on the stride when it is due.
+            seconds: of all steps of this attempt.
+        """
+        self.done += 1
+        if self.done % self.steps:
+            return False
+        self.steps = engine.agree(max(1, round(NOTICE_EVERY_S * self.done / max(seconds, 1e-9))))
+        return True
+
+
 def fit(
     objective: Objective,
     stream: Stream,
@@ -100,6 +124,7 @@ def fit(
     Raises:
         UnfitCheckpoint: the newest checkpoint belongs to another recipe.
         Diverged: too many steps in a row had a gradient that is not finite.
+        Stopped: this process was asked to end; a checkpoint holds how far it came.
     """
     with ExitStack() as stack:
         engine = stack.enter_context(open_engine(objective.module, config, context))
@@ -113,6 +138,7 @@ def fit(
         history = stack.enter_context(_open_history(context, config, files, now))
         batches = stack.enter_context(closing(stream.batches(first)))
         meter, finished = Meter(), _finished(engine, config, now)
+        stride, notice = Stride(), None
 
         while not finished:
             # Forward and backward, one micro batch at a time.
@@ -140,9 +166,16 @@ def fit(
             now.seconds = earlier_s + time.monotonic() - started
             finished = _finished(engine, config, now)
 
+            # Before a machine is taken away, save: once, at once.
+            leaving = False
+            if notice is None and stride.is_due(engine, now.seconds - earlier_s):
+                notice = context.notice()
+                leaving = notice is not None
+
             # Log the means since the last point. A checkpoint ends an interval: so the history of a
             # resumed run is that of one which was never interrupted.
-            saving = finished or _crosses(before, now.seen_samples, config.checkpoint_every)
+            saving = finished or leaving
+            saving = saving or _crosses(before, now.seen_samples, config.checkpoint_every)
             if saving or _crosses(before, now.seen_samples, config.log_every):
                 means = meter.read(engine.mean)
                 now.loss = means.get("loss", now.loss)
@@ -158,6 +191,14 @@ def fit(
                 _show(objective, engine, batch, history, now)
                 _save(engine, ema, saver, now, files)
                 context.report(_counters(now), checkpoints.path(now.seen_samples))
+            if leaving:
+                saver.wait()
+                logger.warning("a machine is about to go: saved after %d samples", now.seen_samples)
+            if notice == "stop" and not finished:
+                raise Stopped(
+                    f"asked to end after {now.seen_samples} samples, which a checkpoint holds: run "
+                    "the same command to go on"
+                )
 
         saver.wait()
         rate = (now.seen_samples - first) / max(time.monotonic() - started, 1e-9)

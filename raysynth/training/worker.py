@@ -71,6 +71,7 @@ FREE_FIELDS = {
     "max_seen_samples",
     "max_seconds",
     "num_workers",
+    "min_workers",
     "use_gpu",
     "threads_per_worker",
     "engine",
@@ -225,6 +226,9 @@ def train_and_bundle(
 ) -> TrainSummary | None:
     """Trains as one worker of a group; rank 0 writes the bundle and returns the summary."""
     torch.set_num_threads(config.training.threads_per_worker)
+    # Nodes may be missing.
+    present = config.training.model_copy(update={"num_workers": context.world_size})
+    config = config.model_copy(update={"training": present})
     root = open_root(config.store_url, plan.files.snapshot)
     samples = SampleSet(open_group(root, plan.samples))
     latents = SampleSet(open_group(root, plan.latents)) if plan.latents else None

@@ -32,6 +32,16 @@ BAD = {
     "no model": ("seed: 1", [], "model is missing"),
     "impossible size": (MINIMAL, ["data.samples.size=70"], "70 is not divisible by 4.*68 or 72"),
     "negative seed": (MINIMAL, ["seed=-1"], "seed is -1"),
+    "fewer workers than shards can share": (
+        MINIMAL,
+        ["training.num_workers=4", "training.min_workers=2"],
+        "open_shards 8 is not a multiple of num_workers 3: change one of them",
+    ),
+    "fewest workers above the most": (
+        MINIMAL,
+        ["training.min_workers=2"],
+        "min_workers 2 exceeds num_workers 1: change one",
+    ),
     "batch and shards": (MINIMAL, ["training.open_shards=3"], "64 is not a multiple of open_shar"),
     "crops without nodules": (MINIMAL, ["data.samples.centre=nodule"], "set it to 0"),
     "no levels": (MINIMAL, ["model.channels=[]"], "channels"),

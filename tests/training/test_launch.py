@@ -17,9 +17,10 @@ from filelock import FileLock
 
 from raysynth.config import ExperimentConfig
 from raysynth.data.encode import encode
-from raysynth.errors import InputError
+from raysynth.errors import InputError, Stopped
 from raysynth.models.bundle import load_bundle
 from raysynth.sampling.draw import BundleSampler
+from raysynth.training import loop
 from raysynth.training.history import History, read_history
 from raysynth.training.launch import _ray_worker, train
 from tests.store.conftest import make_store
@@ -253,6 +254,35 @@ def train_and_die_after(config: ExperimentConfig, seen_samples: int) -> None:
 
     History.advance = advance_or_die
     train(config)
+
+
+def train_and_be_told_to_stop(config: ExperimentConfig, seen_samples: int) -> None:
+    """Trains, and gets SIGTERM at the end of the step that reaches `seen_samples`."""
+    advance = History.advance
+
+    def advance_and_signal(history: History, seen: int, loss: float | None) -> None:
+        advance(history, seen, loss)
+        if seen == seen_samples:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    History.advance = advance_and_signal
+    loop.NOTICE_EVERY_S = 0.0  # asks after every step
+    with pytest.raises(Stopped, match=r"asked to end after .* run the same command to go on"):
+        train(config)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_saves_first(trained: Path, alone: list[float]) -> None:
+    config = recipe(trained, "told", **LONG)
+    child = multiprocessing.get_context("spawn").Process(
+        target=train_and_be_told_to_stop, args=(config, 64)
+    )
+    child.start()
+    child.join(timeout=300)
+    assert child.exitcode == 0
+    assert _seen(config) == 72  # a step later, and no checkpoint was due
+    points = read_history(train(config).history)
+    assert [point["loss"] for point in points] == pytest.approx(alone, abs=1e-6)
 
 
 @pytest.mark.slow
