@@ -1,4 +1,7 @@
-"""A run's progress, a live line on a terminal or JSON lines elsewhere; and how long stages took."""
+"""A run's progress: a live line on a terminal, JSON lines elsewhere, metrics of its Ray session.
+
+Also how long stages took.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 _TIMINGS = "timings.json"
+
+METRICS = {
+    "raysynth_done": "units of a stage that are done",
+    "raysynth_total": "units of a stage",
+    "raysynth_per_second": "units done a second, of this attempt",
+    "raysynth_seconds_left": "until the stage ends at this rate",
+    "raysynth_value": "what a stage shows beside its rate: a loss, a distance",
+}
+"""Gauges by name, labelled by stage, unit and, of the last, name. Ray puts `ray_` before them."""
 
 
 class Progress:
@@ -51,6 +65,7 @@ class Progress:
     def _show(self, seconds: float, fields: dict[str, float | str]) -> None:
         rate = (self.done - self._first) / seconds if seconds > 0 else 0.0
         left_s = (self.total - self.done) / rate if rate > 0 else float("nan")
+        self._export(rate, left_s, fields)
         if not self._live:
             line = {
                 "stage": self.stage,
@@ -74,10 +89,33 @@ class Progress:
         sys.stderr.write(line_text)
         sys.stderr.flush()
 
+    def _export(self, rate: float, left_s: float, fields: dict[str, float | str]) -> None:
+        """To the metrics of the Ray session, if there is one."""
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return
+        gauges, labels = _gauges(), {"stage": self.stage, "unit": self.unit, "name": ""}
+        values = (self.done, self.total, rate, left_s)
+        for gauge, value in zip(list(METRICS)[:-1], values, strict=True):
+            if value == value:
+                gauges[gauge].set(value, labels)
+        for name, field in fields.items():
+            if isinstance(field, float) and field == field:
+                gauges["raysynth_value"].set(field, labels | {"name": name})
+
     def close(self) -> None:
         """Ends the line."""
         if self._live:
             sys.stderr.write("\n")
+
+
+@lru_cache(maxsize=1)
+def _gauges() -> dict[str, Any]:
+    """Once a process: Ray has one of each name."""
+    from ray.util.metrics import Gauge
+
+    labels = ("stage", "unit", "name")
+    return {name: Gauge(name, description, labels) for name, description in METRICS.items()}
 
 
 def stage_seconds(work_dir: Path) -> dict[str, float]:

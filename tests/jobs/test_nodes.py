@@ -1,0 +1,105 @@
+"""A cluster of several nodes, one of which dies in the middle of every job: nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysynth import stages
+from raysynth.config import ExperimentConfig, load_recipe
+from raysynth.store.reader import SampleSet, case_ids, open_group, read_case
+from raysynth.store.repository import open_root
+from raysynth.store.validate import validate
+from raysynth.training.history import HISTORY_FILE, read_history
+from tests.jobs.cluster_head import Head, running
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RECIPE = "jobs/recipes/luna16_semantic_tiny.yaml"
+SETTINGS = (
+    "data.source.num_patients=10",
+    "training.max_seen_samples=1600",
+    "training.checkpoint_every=80",
+    "training.open_shards=2",
+    "sampling.num_samples=320",
+    "evaluation.controls=false",
+    "evaluation.num_pairs=0",
+)
+TWO_NODES = ("training.num_workers=2", "training.min_workers=1", "sampling.num_actors=2")
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head that does no work itself, and two nodes of one core."""
+    with running(head_cpus=0, nodes=2) as head:
+        yield head
+
+
+def run_and_kill(head: Head, verb: str, work_dir: Path, after: int) -> None:
+    """Submits a job and takes a node away when so much is done; another one takes its place."""
+    settings = [f"--set={one}" for one in (*SETTINGS, *TWO_NODES, f"work_dir={work_dir}")]
+    job = head.submit("python", "-m", f"jobs.{verb}", RECIPE, *settings)
+    assert job.stdout
+    said, is_killed = [], False
+    for line in job.stdout:
+        said.append(line)
+        if not is_killed and _done(line) >= after:
+            head.tell("kill")
+            head.tell("add")
+            is_killed = True
+    assert job.wait() == 0, "".join(said)
+    assert is_killed, "".join(said)
+
+
+def _done(line: str) -> int:
+    """How much is done, if a line says so."""
+    if not line.startswith('{"stage"'):
+        return 0
+    return int(json.loads(line)["done"])
+
+
+def test_a_node_dies_in_every_job_and_nothing_is_lost(head: Head, tmp_path: Path) -> None:
+    alone, work_dir = tmp_path / "alone", tmp_path / "cluster"
+    config = load_recipe(RECIPE, [*SETTINGS, f"work_dir={alone}"])
+    for stage in (stages.ingest, stages.shard, stages.train):
+        stage(config)
+    work_dir.mkdir()
+    shutil.copy(config.key_path, work_dir)  # the same pseudonyms, and so the same split
+
+    run_and_kill(head, "ingest", work_dir, after=2)
+    assert _volumes(work_dir) == _volumes(alone)
+    assert validate(work_dir / "store", full=True) == []
+
+    stages.shard(load_recipe(RECIPE, [*SETTINGS, f"work_dir={work_dir}"]))
+    run_and_kill(head, "train", work_dir, after=400)
+    curves = [
+        [point["loss"] for point in read_history(one / "logs" / config.name / HISTORY_FILE)]
+        for one in (work_dir, alone)
+    ]
+    assert len(curves[0]) == 1600 // config.training.log_every
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+
+    run_and_kill(head, "synthesize", work_dir, after=1)
+    shutil.rmtree(alone / "bundles")
+    shutil.copytree(work_dir / "bundles", alone / "bundles")
+    stages.synthesize(config)
+    drawn, undisturbed = (_samples(one, config) for one in (work_dir, alone))
+    assert drawn.count == 320
+    assert np.array_equal(drawn.read("hu"), undisturbed.read("hu"))
+    assert validate(work_dir / "store", full=True) == []
+
+
+def _volumes(work_dir: Path) -> dict[str, int]:
+    """A checksum of each case."""
+    root = open_root(str(work_dir / "store"))
+    return {case: hash(read_case(root, case).volume.hu.tobytes()) for case in case_ids(root)}
+
+
+def _samples(work_dir: Path, config: ExperimentConfig) -> SampleSet:
+    root = open_root(str(work_dir / "store"))
+    return SampleSet(open_group(root, f"synthetic/{config.name}"))
