@@ -171,6 +171,36 @@ def inspect(
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Also check its folders and what it wants.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the cluster's head; else RAY_ADDRESS, else here.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Examine a cluster before a run: is it fit, and closed to strangers?"""
+    from dataclasses import asdict
+
+    from raysynth.config import load_recipe
+    from raysynth.doctor import doctor as examine
+
+    config = None if recipe is None else load_recipe(recipe, overrides)
+    found = examine(config, address)
+    if as_json:
+        _show({"findings": [asdict(one) for one in found]}, as_json)
+    else:
+        for one in found:
+            print(f"{'fine ' if one.is_fine else 'NOT  '} {one.check:14} {one.found}")
+            if one.advice:
+                print(f"{'':21}{one.advice}")
+    if not all(one.is_fine for one in found):
+        raise typer.Exit(1)
+
+
 def _range(interval: tuple[float, float]) -> str:
     return "[{:.3f}, {:.3f}]".format(*interval)
 

@@ -2,8 +2,9 @@
 
 python -m tests.jobs.cluster_head HEAD_CPUS NODES
 
-Prints the address of its dashboard, then obeys lines: `kill` takes the youngest of its nodes away
-without a word to anybody, `add` starts another one; both answer `done`. An empty line ends it.
+Prints the addresses of its dashboard and of itself, then obeys lines: `kill` takes the youngest of
+its nodes away without a word to anybody, `add` starts another one; both answer `done`. An empty
+line ends it.
 """
 
 from __future__ import annotations
@@ -27,15 +28,21 @@ ENVIRONMENT = {
 
 
 class Head:
-    """A running cluster that nobody enters without the token."""
+    """A running cluster.
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    Attributes:
+        address: of its dashboard, which takes jobs.
+        gcs: of the cluster, `host:port`.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], environment: dict[str, str]) -> None:
         """Reads where it is."""
-        self.process = process
+        self.process, self.environment = process, environment
         assert process.stdin
         assert process.stdout
         self.stdin, self.stdout = process.stdin, process.stdout
         self.address = f"http://{self.stdout.readline().strip()}"
+        self.gcs = self.stdout.readline().strip()
 
     def tell(self, order: str) -> None:
         """Waits until an order is carried out."""
@@ -47,7 +54,7 @@ class Head:
         """Starts `ray job submit`, whose output is that of the job."""
         return subprocess.Popen(
             ["ray", "job", "submit", "--address", self.address, "--working-dir", ".", "--", *job],
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | self.environment,
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -56,19 +63,21 @@ class Head:
 
 
 @contextmanager
-def running(head_cpus: int, nodes: int = 0) -> Iterator[Head]:
-    """A cluster that takes jobs."""
+def running(
+    head_cpus: int, nodes: int = 0, environment: dict[str, str] = ENVIRONMENT
+) -> Iterator[Head]:
+    """A cluster that takes jobs; nobody enters without the token of the environment."""
     command = [sys.executable, "-m", "tests.jobs.cluster_head", str(head_cpus), str(nodes)]
     process = subprocess.Popen(
         command,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | environment,
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    head = Head(process)
+    head = Head(process, environment)
     # The agent that starts jobs does so some seconds after the head has told its address.
     try:
         for _ in range(12):
@@ -97,6 +106,7 @@ def main(head_cpus: int, count: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=options)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(count)]
     _say(cluster.head_node.webui_url)
+    _say(cluster.address)
     for line in sys.stdin:
         match line.strip():
             case "kill":
