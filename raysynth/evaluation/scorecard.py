@@ -198,6 +198,7 @@ def _adherence(found: Found) -> Iterator[Line]:
 
 
 def _diversity(found: Found) -> Iterator[Line]:
+    keeps = found["fills"] and found["fills"]["synthetic"]["copied_fraction"] > 0
     for key, of_sets in found["diversity"].items():
         metric, _, region, version, n = key.split("/")
         own, patients = of_sets["synthetic"], of_sets.get("patients")
@@ -208,7 +209,8 @@ def _diversity(found: Found) -> Iterator[Line]:
             figure=figure_text(own),
             floor=f"nodules of two patients that are alike: {figure_text(patients)}",
             control="-",
-            verdict=_varies(metric, own, patients),
+            verdict=_varies(metric, own, patients)
+            + ("; both samples keep their host's tissue" if keeps else ""),
             standing=PHANTOMS if _on_phantoms(found) else "measured in the image",
         )
 

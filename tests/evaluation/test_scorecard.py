@@ -39,6 +39,7 @@ def _found() -> dict[str, Any]:
         },
         "strata": [],
         "diversity": {},
+        "fills": {},
     }
 
 
@@ -100,3 +101,7 @@ def test_diversity_is_best_where_patients_are(tmp_path: Path) -> None:
         assert said[0] == f"{verdict_of_high} varied than patients"
         assert said[1].startswith("as varied as patients")
         assert said[2].startswith("nothing to compare with")
+    found["fills"] = {"synthetic": {"copied_fraction": 0.4}}
+    card = scorecard(found, tmp_path)
+    said = [line.verdict for line in card if line.what == "diversity"]
+    assert all(verdict.endswith("both samples keep their host's tissue") for verdict in said)

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 RECIPE = "jobs/recipes/luna16_semantic_tiny.yaml"
 SETTINGS = (
     "data.source.num_patients=10",
-    "training.max_seen_samples=1600",
+    "training.max_seen_samples=800",
     "training.checkpoint_every=80",
     "training.open_shards=2",
     "sampling.num_samples=320",
@@ -68,21 +68,20 @@ def test_a_node_dies_in_every_job_and_nothing_is_lost(head: Head, tmp_path: Path
     config = load_recipe(RECIPE, [*SETTINGS, f"work_dir={alone}"])
     for stage in (stages.ingest, stages.shard, stages.train):
         stage(config)
-    work_dir.mkdir()
-    shutil.copy(config.key_path, work_dir)  # the same pseudonyms, and so the same split
 
     run_and_kill(head, "ingest", work_dir, after=2)
     assert _volumes(work_dir) == _volumes(alone)
     assert validate(work_dir / "store", full=True) == []
 
     stages.shard(load_recipe(RECIPE, [*SETTINGS, f"work_dir={work_dir}"]))
-    run_and_kill(head, "train", work_dir, after=400)
+    run_and_kill(head, "train", work_dir, after=160)
     curves = [
         [point["loss"] for point in read_history(one / "logs" / config.name / HISTORY_FILE)]
         for one in (work_dir, alone)
     ]
-    assert len(curves[0]) == 1600 // config.training.log_every
-    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert len(curves[0]) == 800 // config.training.log_every
+    # Rounding differs with the number of workers, and grows; another order of samples shows at once.
+    assert curves[0] == pytest.approx(curves[1], abs=1e-3)
 
     run_and_kill(head, "synthesize", work_dir, after=1)
     shutil.rmtree(alone / "bundles")
