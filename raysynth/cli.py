@@ -172,6 +172,47 @@ def inspect(
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    hardware: Annotated[
+        Path | None,
+        typer.Option(help="A file of cluster/hardware; else this machine takes a few steps."),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe will take: memory, time, bytes, money, and what holds it up."""
+    from dataclasses import asdict
+
+    from raysynth.config import load_recipe
+    from raysynth.config.hardware import load_hardware
+    from raysynth.planning.here import measure_here
+    from raysynth.planning.plan import find_autoencoder
+    from raysynth.planning.plan import plan as make_plan
+
+    config = load_recipe(recipe, overrides)
+    cluster = None if hardware is None else load_hardware(hardware)
+    autoencoder = find_autoencoder(config.absolute(), recipe.parent)
+    if cluster is None:
+        cluster = measure_here(config, autoencoder)
+    made = make_plan(config, cluster, autoencoder)
+    if as_json:
+        _show({**asdict(made), "cluster": cluster.model_dump()}, as_json)
+    else:
+        print(f"{made.recipe} on {made.hardware}: {cluster.num_gpus} x {cluster.gpu}")
+        for name, part in made.parts.items():
+            print(f"{name}, held up by {part.bottleneck}")
+            for one in part.figures:
+                print(f"  {one.name:16} {one.text:>12}  {one.basis}")
+            for what, share in part.shares.items():
+                print(f"  {'':16} {share:>12.1%}  {what}")
+        for line in made.advice:
+            print(f"advice: {line}")
+    if not made.fits:
+        raise typer.Exit(2)
+
+
+@app.command()
 def doctor(
     recipe: Annotated[
         Path | None, typer.Argument(help="Also check its folders and what it wants.")

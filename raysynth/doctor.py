@@ -7,7 +7,6 @@ import os
 import platform
 import secrets
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 from raysynth.config import ExperimentConfig
 from raysynth.errors import RaysynthError
+from raysynth.planning.here import write_speed
 from raysynth.session import connect
 from raysynth.store.repository import local_path, open_root
 
@@ -35,7 +35,6 @@ LEAST_WRITE_MB_S = 50.0
 LEAST_SHM_SHARE = 0.9
 """Of Ray's object store that /dev/shm must hold; else it lies on the disk."""
 
-PROBE_BYTES = 2**26
 STRANGER_TIMEOUT_S = 60
 
 
@@ -258,7 +257,7 @@ def ask_node(name: str, probe: Path | None, store: str | None) -> NodeFacts:
         except OSError as error:
             read = f"{type(error).__name__}: {error}"
         with suppress(OSError):
-            speed = _write_speed(probe.parent)
+            speed = write_speed(probe.parent)
     return NodeFacts(
         name=name,
         versions=versions,
@@ -271,22 +270,6 @@ def ask_node(name: str, probe: Path | None, store: str | None) -> NodeFacts:
         write_mb_s=speed,
         store=None if store is None else _why_closed(store),
     )
-
-
-def _write_speed(folder: Path) -> float:
-    """MB a second, until it is on the disk."""
-    probe = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
-    block = secrets.token_bytes(2**20)
-    try:
-        started = time.perf_counter()
-        with probe.open("wb") as file:
-            for _ in range(PROBE_BYTES // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        return PROBE_BYTES / 1e6 / (time.perf_counter() - started)
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _why_closed(store: str) -> str | None:

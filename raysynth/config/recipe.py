@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raysynth.config.experiment import ExperimentConfig
 from raysynth.errors import InputError
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
@@ -23,31 +25,59 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         InputError: no such file, no valid YAML, an unknown key or an impossible value.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path}: {_reason(error)}; give a YAML file") from error
+    text = _read(path, "recipe")
     return parse_recipe(text, name=path.stem, origin=str(path), overrides=overrides)
+
+
+def read_section(section: type[AnySection], path: Path, defaults: dict[str, Any]) -> AnySection:
+    """Reads a YAML file that holds one section.
+
+    Args:
+        section: its class.
+        path: the file.
+        defaults: of keys that it may leave out.
+
+    Raises:
+        InputError: no such file, no valid YAML, an unknown key or an impossible value.
+    """
+    values = defaults | _mapping(_read(path, section.__name__.lower()), str(path))
+    return _validated(section, values, str(path))
+
+
+def _read(path: Path, noun: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{noun} {path}: {_reason(error)}; give a YAML file") from error
 
 
 def parse_recipe(
     text: str, *, name: str, origin: str = "recipe", overrides: list[str] | tuple[str, ...] = ()
 ) -> ExperimentConfig:
     """Reads a recipe from text; see `load_recipe`."""
+    values = _mapping(text, origin)
+    for override in overrides:
+        _apply(values, override)
+    values.setdefault("name", name)
+    values.setdefault("work_dir", f"runs/{values['name']}")
+    return _validated(ExperimentConfig, values, origin)
+
+
+def _mapping(text: str, origin: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise InputError(f"{origin} is no valid YAML: {_reason(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{origin}: expected `key: value` sections, found {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    values.setdefault("name", name)
-    values.setdefault("work_dir", f"runs/{values['name']}")
+    return values
+
+
+def _validated(section: type[AnySection], values: dict[str, Any], origin: str) -> AnySection:
     try:
-        return ExperimentConfig.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{origin}: {_first_problem(error)}") from error
+        raise InputError(f"{origin}: {_first_problem(error, section)}") from error
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -66,11 +96,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override!r}: {_reason(error)}") from error
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
+def _first_problem(error: ValidationError, root: type[BaseModel]) -> str:
+    # A key that is misspelt is missing, too: say the first.
+    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     # A discriminated union puts its tag into the location; what the user wrote does not have it.
     place = [str(part) for part in problem["loc"]]
-    sections, place = _walk(place) if place else ((), place)
+    sections, place = _walk(place, root) if place else ((), place)
     dotted = ".".join(place)
     match problem["type"]:
         case "extra_forbidden":
@@ -87,9 +118,9 @@ def _first_problem(error: ValidationError) -> str:
             return f"{dotted} is {problem['input']!r}: {problem['msg']}"
 
 
-def _walk(place: list[str]) -> tuple[tuple[type[BaseModel], ...], list[str]]:
+def _walk(place: list[str], root: type[BaseModel]) -> tuple[tuple[type[BaseModel], ...], list[str]]:
     """The sections that can hold the last key of `place`, and `place` without union tags."""
-    sections: tuple[type[BaseModel], ...] = (ExperimentConfig,)
+    sections: tuple[type[BaseModel], ...] = (root,)
     path: list[str] = []
     for part in place[:-1]:
         tagged = [model for model in sections if _tag(model) == part]

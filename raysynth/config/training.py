@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from raysynth.config.base import Section
 
+ZeroStage = Literal[0, 1, 2, 3]
+
 
 class TrainingConfig(Section):
     """Progress is counted in samples seen, so it means the same on any number of workers."""
@@ -27,10 +29,14 @@ class TrainingConfig(Section):
     threads_per_worker: int = Field(1, ge=1)
     """OpenMP threads of a CPU worker. Workers times threads should not exceed the cores."""
     engine: Literal["auto", "ddp", "deepspeed"] = "auto"
-    """`auto`: a plain process on one worker, DDP on several."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    """`auto`: a plain process on one worker; on several DDP, or the first DeepSpeed stage at which
+    weights, gradients and moments take half of a worker's memory at most."""
+    zero_stage: ZeroStage = 2
     """DeepSpeed ZeRO stage, for the engine `deepspeed`."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    """Compile the network: minutes at the start of every worker, then faster steps. Needs a C++
+    compiler there."""
     learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of gradients and of their squares."""

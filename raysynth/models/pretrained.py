@@ -74,7 +74,7 @@ def pretrained_denoiser(config: StableDiffusionConfig) -> StableDenoiser:
 
     unet = _load(UNet2DConditionModel, config.pretrained / "unet")
     if config.tuning == "lora":
-        unet = _with_updates(unet, config.lora_rank)
+        unet = with_updates(unet, config.lora_rank)
     text_encoder = _load(CLIPTextModel, config.pretrained / "text_encoder")
     return StableDenoiser(unet, text_encoder, pretrained_tokenizer(config))
 
@@ -117,7 +117,7 @@ def finished_weights(
     return denoiser.state_dict()
 
 
-def _with_updates(unet: Any, rank: int) -> Any:
+def with_updates(unet: Any, rank: int) -> Any:
     """The U-Net, its weights frozen, with W + B A instead of W (Hu et al. 2022, eq. 3); B is 0."""
     from peft import LoraConfig, get_peft_model
 

@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from raysynth.config import TrainingConfig
+from raysynth.config.training import ZeroStage
 from raysynth.models.gan import Adversaries
 from raysynth.training.context import WorkerContext
+from raysynth.training.memory import BUCKET_ELEMENTS, EngineChoice, choose_engine
 from raysynth.training.saving import Key, Saved
 
 logger = logging.getLogger(__name__)
 
-EngineName = Literal["plain", "ddp", "deepspeed"]
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW, as torch calls them."""
-
-
-def choose_engine(config: TrainingConfig) -> tuple[EngineName, str]:
-    """The engine that a recipe gets, and why."""
-    if config.engine == "deepspeed":
-        return "deepspeed", f"the recipe asks for DeepSpeed ZeRO-{config.zero_stage}"
-    if config.num_workers == 1:
-        return "plain", "one worker has nobody to exchange gradients with"
-    if config.engine == "ddp":
-        return "ddp", "the recipe asks for it"
-    # ZeRO 1-3 costs a small model 1.7-2.1 times the step: it pays where memory is short.
-    return "ddp", f"{config.num_workers} workers; ask for deepspeed where memory is short"
 
 
 @contextmanager
@@ -43,22 +33,44 @@ def open_engine(
     module: nn.Module, config: TrainingConfig, context: WorkerContext
 ) -> Iterator[Engine]:
     """The engine for the block. accelerate keeps its state per process; it is cleared after."""
-    name, reason = choose_engine(config)
+    counts = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    choice = choose_engine(
+        config,
+        sum(count for count, _ in counts),
+        sum(count for count, is_trained in counts if is_trained),
+        memory_of_worker(config),
+    )
+    if context.world_size > 1:  # on machines that differ all take the same
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if config.use_gpu else "gloo")
+        box = [choice]
+        torch.distributed.broadcast_object_list(box, src=0)
+        (choice,) = box
     if context.rank == 0:
-        logger.info("engine %s: %s", name, reason)
+        logger.info("engine %s: %s", choice, choice.reason)
+    if config.compile:
+        module.compile()
     try:
-        if name == "deepspeed":
-            yield DeepSpeedEngine(module, config, context)
+        if choice.name == "deepspeed":
+            yield DeepSpeedEngine(module, config, context, choice)
         else:
-            yield Engine(module, config, context)
+            yield Engine(module, config, context, choice)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def memory_of_worker(config: TrainingConfig) -> float:
+    """Bytes of this worker's GPU; without one, of this machine, shared with the other workers."""
+    if config.use_gpu:
+        return float(torch.cuda.mem_get_info()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / config.num_workers
 
 
 class Engine:
     """A module and its AdamW on this worker's device: plain, or DDP if there are several workers.
 
     Attributes:
+        choice: which engine this is, and why.
         module: what to call in the forward pass; it may be wrapped.
         bare_module: the same without wrappers.
         parameters: those of its parameters that are trained, in its order.
@@ -66,7 +78,14 @@ class Engine:
         device: where batches must be.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, context: WorkerContext) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: TrainingConfig,
+        context: WorkerContext,
+        choice: EngineChoice,
+    ) -> None:
+        self.choice = choice
         self.rank, self.world_size = context.rank, context.world_size
         self.max_grad_norm = config.max_grad_norm
         self.num_micro_batches = config.gradient_accumulation_steps
@@ -91,6 +110,8 @@ class Engine:
             cpu=not config.use_gpu,
             mixed_precision="bf16" if config.precision == "bf16" else "no",
             gradient_accumulation_steps=self.num_micro_batches,
+            # Else every gradient is held twice.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
 
     @contextmanager
@@ -271,16 +292,24 @@ class Engine:
 class DeepSpeedEngine(Engine):
     """ZeRO 0-3. DeepSpeed averages, clips and steps by itself; stages 1-3 skip bad gradients."""
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, context: WorkerContext) -> None:
-        self.zero_stage = config.zero_stage
+    def __init__(
+        self,
+        module: nn.Module,
+        config: TrainingConfig,
+        context: WorkerContext,
+        choice: EngineChoice,
+    ) -> None:
+        self.zero_stage = choice.zero_stage
         if not config.use_gpu:
             _skip_compilation()
-        super().__init__(module, config, context)
+        super().__init__(module, config, context, choice)
 
     def _accelerator(self, config: TrainingConfig) -> Accelerator:
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config), zero3_init_flag=False)
+        plugin = DeepSpeedPlugin(
+            hf_ds_config=deepspeed_config(config, self.zero_stage), zero3_init_flag=False
+        )
         # cpu=True would drop the plugin without a word; the backend tells accelerate of the group.
         backend = "nccl" if config.use_gpu else "gloo"
         return Accelerator(
@@ -372,14 +401,23 @@ def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [p for p in module.parameters() if p.requires_grad], "rate": 1.0}]
 
 
-def deepspeed_config(config: TrainingConfig) -> dict[str, Any]:
+def deepspeed_config(config: TrainingConfig, zero_stage: ZeroStage) -> dict[str, Any]:
     """DeepSpeed's configuration of a recipe."""
     micro_batch_size = config.local_batch_size // config.gradient_accumulation_steps
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "overlap_comm": config.use_gpu,
+            # By default stage 3 keeps a billion gathered weights: all of most networks.
+            "stage3_max_live_parameters": BUCKET_ELEMENTS,
+            "stage3_max_reuse_distance": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS // 4,
+        },
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own needs a compiler
         # Weights stay float32 as under the other engines; bf16.enabled would convert them.
         "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},

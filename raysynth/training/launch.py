@@ -135,7 +135,7 @@ def _on_ray(config: ExperimentConfig, plan: RunPlan) -> TrainSummary:
 def _ray_worker(settings: dict[str, Any]) -> TrainSummary | RaysynthError | None:
     try:
         return train_and_bundle(settings["config"], settings["plan"], RayTrainContext())
-    except (Diverged, UnfitCheckpoint) as error:
+    except (Diverged, InputError, UnfitCheckpoint) as error:
         # All ranks meet these together; raised, they would make Ray start the group again, in vain.
         return error
 

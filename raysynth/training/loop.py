@@ -20,6 +20,7 @@ from raysynth.training.context import WorkerContext
 from raysynth.training.ema import Ema
 from raysynth.training.engines import Engine, open_engine
 from raysynth.training.history import History, Meter
+from raysynth.training.memory import EngineChoice
 from raysynth.training.objectives import Batch, Objective
 from raysynth.training.saving import Saved, Saver
 
@@ -84,11 +85,13 @@ class Outcome:
         weights: the EMA of the trained parameters, and the buffers, by name, on the CPU.
         now: how far it came.
         samples_per_s: of this attempt, over all workers.
+        engine: that took the steps.
     """
 
     weights: dict[str, Tensor]
     now: Standing
     samples_per_s: float
+    engine: EngineChoice
 
 
 class Stride:
@@ -202,7 +205,7 @@ def fit(
 
         saver.wait()
         rate = (now.seen_samples - first) / max(time.monotonic() - started, 1e-9)
-        return Outcome(_average_weights(engine, ema), now, rate)
+        return Outcome(_average_weights(engine, ema), now, rate, engine.choice)
 
 
 @contextmanager

@@ -12,30 +12,26 @@ import numpy as np
 import torch
 import zarr
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raysynth.config import (
-    AutoencoderKLConfig,
-    Diffusion,
     ExperimentConfig,
-    ExtractorConfig,
     FromFolder,
-    Gan,
     OfLatents,
     PretrainedAutoencoderConfig,
     StableDiffusionConfig,
     VQVAEConfig,
 )
+from raysynth.config.model import AutoencoderConfig
 from raysynth.config.pretrained import latent_channels_of, latent_scale_of
 from raysynth.data.encode import latents_path
 from raysynth.data.stream import SampleStream
 from raysynth.errors import InputError
-from raysynth.models.autoencoder import Autoencoder, VQAutoencoder, build_autoencoder
+from raysynth.models.autoencoder import VQAutoencoder
 from raysynth.models.bundle import bundle_digest, load_bundle, read_facts, save_bundle
-from raysynth.models.denoiser import Denoiser, StableDenoiser, build_denoiser
-from raysynth.models.encoder import SelfTaughtEncoder
+from raysynth.models.denoiser import StableDenoiser
 from raysynth.models.facts import BundleFacts
-from raysynth.models.gan import Adversaries, AutoencoderAdversaries, build_adversaries
+from raysynth.models.gan import Adversaries
 from raysynth.models.pretrained import (
     check_folder,
     finished_weights,
@@ -43,19 +39,20 @@ from raysynth.models.pretrained import (
     pretrained_denoiser,
     weights_digest,
 )
-from raysynth.models.space import LatentSpace, PixelSpace, Space
+from raysynth.models.space import LatentSpace
 from raysynth.seeding import fingerprint, seed_of
 from raysynth.store.reader import SampleSet, case_attrs, open_group
 from raysynth.store.repository import main_snapshot, open_root
 from raysynth.store.splits import is_indicative
+from raysynth.training.build import fresh_network, objective_of
 from raysynth.training.checkpoints import CheckpointFolder
 from raysynth.training.context import WorkerContext
-from raysynth.training.engines import choose_engine
+from raysynth.training.engines import memory_of_worker
+from raysynth.training.fitting import check_fits
 from raysynth.training.history import HISTORY_FILE
 from raysynth.training.loop import Outcome, RunFiles, fit
 from raysynth.training.objectives import (
     AdversarialObjective,
-    AutoencoderObjective,
     DiffusionObjective,
     Objective,
     SelfTaughtObjective,
@@ -76,6 +73,7 @@ FREE_FIELDS = {
     "threads_per_worker",
     "engine",
     "zero_stage",
+    "compile",
     "micro_batch_size",
     "checkpoint_every",
     "keep_checkpoints",
@@ -224,7 +222,11 @@ def finished_run(config: ExperimentConfig, plan: RunPlan) -> TrainSummary | None
 def train_and_bundle(
     config: ExperimentConfig, plan: RunPlan, context: WorkerContext
 ) -> TrainSummary | None:
-    """Trains as one worker of a group; rank 0 writes the bundle and returns the summary."""
+    """Trains as one worker of a group; rank 0 writes the bundle and returns the summary.
+
+    Raises:
+        InputError: a step does not fit the GPU; says what would.
+    """
     torch.set_num_threads(config.training.threads_per_worker)
     # Nodes may be missing.
     present = config.training.model_copy(update={"num_workers": context.world_size})
@@ -232,6 +234,8 @@ def train_and_bundle(
     root = open_root(config.store_url, plan.files.snapshot)
     samples = SampleSet(open_group(root, plan.samples))
     latents = SampleSet(open_group(root, plan.latents)) if plan.latents else None
+    if config.training.use_gpu:  # else memory is paged, and what else needs it unknown
+        check_fits(config, _autoencoder(config), memory_of_worker(config.training))
     objective = build_objective(config, samples, latents)
     stream = SampleStream(
         samples,
@@ -247,7 +251,6 @@ def train_and_bundle(
     if context.rank != 0:
         return None
     digest = _save_bundle(config, plan, objective, samples, outcome)
-    engine, reason = choose_engine(config.training)
     summary = TrainSummary(
         bundle=config.bundle_path,
         digest=digest,
@@ -257,14 +260,21 @@ def train_and_bundle(
         final_loss=outcome.now.loss,
         skipped_steps=outcome.now.skipped_steps,
         history=plan.files.log / HISTORY_FILE,
-        engine=engine,
-        engine_reason=reason,
+        engine=outcome.engine.name,
+        engine_reason=outcome.engine.reason,
     )
     saved = {"run": _run_identity(config, plan), "summary": asdict(summary)}
     scratch = plan.files.log / f".{SUMMARY_FILE}"
     scratch.write_text(json.dumps(saved, indent=1, default=str))
     scratch.replace(plan.files.log / SUMMARY_FILE)
     return summary
+
+
+def _autoencoder(config: ExperimentConfig) -> AutoencoderConfig | None:
+    """Of a model of latents."""
+    if not isinstance(config.model, OfLatents):
+        return None
+    return read_facts(config.autoencoder_path).autoencoder_config
 
 
 def build_objective(
@@ -275,46 +285,28 @@ def build_objective(
     Its weights are pretrained, or follow from the seed alone; only a codebook follows from the
     first training samples, too.
     """
-    model, spatial_dims = config.model, len(config.samples.shape)
+    model, space = config.model, None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", config.seed))
-        if isinstance(model, Gan):
-            adversaries = build_adversaries(model, config.samples.size, spatial_dims)
-            return AdversarialObjective(adversaries, config=model, seed=config.seed)
-        if isinstance(model, ExtractorConfig):
-            return SelfTaughtObjective(SelfTaughtEncoder(model), model.window_hu, config.seed)
-        if not isinstance(model, Diffusion):
-            cells = config.samples.size // model.downsampling
-            shape = (model.latent_channels, *(cells,) * spatial_dims)
-            autoencoder: Autoencoder
-            if isinstance(model, PretrainedAutoencoderConfig):
-                autoencoder = pretrained_autoencoder(model)
-            else:
-                autoencoder = build_autoencoder(model, spatial_dims)
-            if isinstance(model, VQVAEConfig):
-                assert isinstance(autoencoder, VQAutoencoder)
-                hu = _first_training_slices(samples, NUM_CODE_SLICES)
-                autoencoder.spread_codes(torch.from_numpy(normalize(hu, model.window_hu)[:, None]))
-            trained: Autoencoder | AutoencoderAdversaries = autoencoder
-            if isinstance(model, AutoencoderKLConfig | VQVAEConfig) and model.adversarial_weight:
-                trained = AutoencoderAdversaries(autoencoder, model, spatial_dims)
-            return AutoencoderObjective(trained, model.window_hu, shape, config.seed)
-        space: Space
-        if isinstance(model, OfLatents):
-            assert latents is not None
-            channels, size, *_ = latents.shape
-            if isinstance(model, StableDiffusionConfig):
-                denoiser: Denoiser = pretrained_denoiser(model)
-            else:
-                denoiser = build_denoiser(model, channels, size, spatial_dims=spatial_dims)
+        network: nn.Module
+        if isinstance(model, PretrainedAutoencoderConfig):
+            network = pretrained_autoencoder(model)
+        elif isinstance(model, StableDiffusionConfig):
+            network = pretrained_denoiser(model)
+        else:
+            network = fresh_network(config, None if latents is None else latents.shape)
+        if isinstance(model, VQVAEConfig):
+            hu = _first_training_slices(samples, NUM_CODE_SLICES)
+            images = torch.from_numpy(normalize(hu, model.window_hu)[:, None])
+            autoencoder = getattr(network, "generator", network)
+            assert isinstance(autoencoder, VQAutoencoder)
+            autoencoder.spread_codes(images)
+        if latents is not None:
             bundle = load_bundle(config.autoencoder_path)
             assert bundle.autoencoder is not None
             scale = latents.attrs["latent_scale"]
             space = LatentSpace(bundle.autoencoder, scale, bundle.window_hu)
-        else:
-            denoiser = build_denoiser(model, 1, config.samples.size, spatial_dims=spatial_dims)
-            space = PixelSpace(model.window_hu)
-        return DiffusionObjective(denoiser, space, config=model, seed=config.seed)
+        return objective_of(config, network, space)
 
 
 def _first_training_slices(samples: SampleSet, count: int) -> NDArray[np.int16]:

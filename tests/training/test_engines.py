@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysynth.training.engines import choose_engine
 from raysynth.training.history import read_history
 from tests.training.tiny import fit_tiny, tiny_config
 from tests.training.two_workers import FIRST, LAST
 
 
-def test_auto_takes_the_simplest_engine() -> None:
-    assert choose_engine(tiny_config())[0] == "plain"
-    assert choose_engine(tiny_config(num_workers=2))[0] == "ddp"
-    name, reason = choose_engine(tiny_config(engine="deepspeed", zero_stage=3))
-    assert name == "deepspeed"
-    assert "ZeRO-3" in reason
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(tmp_path: Path) -> None:
+    plain = fit_tiny(tmp_path / "plain", tiny_config())
+    compiled = fit_tiny(tmp_path / "compiled", tiny_config(compile=True))
+    assert compiled.now.loss == pytest.approx(plain.now.loss, abs=1e-4)
+    for name, tensor in compiled.weights.items():
+        torch.testing.assert_close(tensor, plain.weights[name], rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Before a run: what it will take on a cluster, by formulas and simulated events."""
