@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     for count in (1, 2):
         changes = [
             *options.set,
-            f"name=planned_{count}",
+            f"name=planned_{os.getpid()}_{count}",  # nothing of an earlier time
             f"training.num_workers={count}",
             f"training.max_seen_samples={options.samples}",
             "training.max_seconds=null",

@@ -33,6 +33,8 @@ def open_engine(
     module: nn.Module, config: TrainingConfig, context: WorkerContext
 ) -> Iterator[Engine]:
     """The engine for the block. accelerate keeps its state per process; it is cleared after."""
+    if config.use_gpu:
+        torch.cuda.set_device(local_gpu())
     counts = [(p.numel(), p.requires_grad) for p in module.parameters()]
     choice = choose_engine(
         config,
@@ -62,8 +64,13 @@ def open_engine(
 def memory_of_worker(config: TrainingConfig) -> float:
     """Bytes of this worker's GPU; without one, of this machine, shared with the other workers."""
     if config.use_gpu:
-        return float(torch.cuda.mem_get_info()[1])
+        return float(torch.cuda.mem_get_info(local_gpu())[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / config.num_workers
+
+
+def local_gpu() -> int:
+    """This worker's number among those of its machine, by which it takes a GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 class Engine:

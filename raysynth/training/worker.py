@@ -47,7 +47,7 @@ from raysynth.store.splits import is_indicative
 from raysynth.training.build import fresh_network, objective_of
 from raysynth.training.checkpoints import CheckpointFolder
 from raysynth.training.context import WorkerContext
-from raysynth.training.engines import memory_of_worker
+from raysynth.training.engines import local_gpu, memory_of_worker
 from raysynth.training.fitting import check_fits
 from raysynth.training.history import HISTORY_FILE
 from raysynth.training.loop import Outcome, RunFiles, fit
@@ -225,9 +225,12 @@ def train_and_bundle(
     """Trains as one worker of a group; rank 0 writes the bundle and returns the summary.
 
     Raises:
-        InputError: a step does not fit the GPU; says what would.
+        InputError: a step does not fit the GPU (says what would), or workers see other folders.
     """
     torch.set_num_threads(config.training.threads_per_worker)
+    if config.training.use_gpu:
+        torch.cuda.set_device(local_gpu())
+    _check_folder(plan)
     # Nodes may be missing.
     present = config.training.model_copy(update={"num_workers": context.world_size})
     config = config.model_copy(update={"training": present})
@@ -268,6 +271,20 @@ def train_and_bundle(
     scratch.write_text(json.dumps(saved, indent=1, default=str))
     scratch.replace(plan.files.log / SUMMARY_FILE)
     return summary
+
+
+def _check_folder(plan: RunPlan) -> None:
+    """Whether all workers see the folder that the driver made; all find that alike."""
+    folder = plan.files.checkpoints
+    seen: list[bool] = [folder.is_dir()]
+    if torch.distributed.is_initialized():
+        seen = [False] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(seen, folder.is_dir())
+    if not all(seen):
+        raise InputError(
+            f"{len(seen) - sum(seen)} of {len(seen)} workers do not see {folder}: give work_dir a "
+            "path on storage that all nodes share"
+        )
 
 
 def _autoencoder(config: ExperimentConfig) -> AutoencoderConfig | None:

@@ -317,3 +317,9 @@ def _seen(config: ExperimentConfig) -> int:
     if not pointer.exists():
         return 0
     return int(pointer.read_text().removeprefix("seen-"))
+
+
+def test_a_folder_that_a_worker_does_not_see_is_named(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "elsewhere", tmp_path, "fingerprint", "snapshot")
+    with pytest.raises(InputError, match="1 of 1 workers do not see .*elsewhere.* all nodes share"):
+        _check_folder(RunPlan(files, "samples/x", None))
