@@ -172,6 +172,20 @@ def inspect(
 
 
 @app.command()
+def serve(
+    recipe: Recipe,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Draw samples over HTTP with the recipe's bundle, until interrupted."""
+    from raysynth.config import load_recipe
+    from raysynth.serving.app import serve_here
+
+    serve_here(load_recipe(recipe, overrides), host, port)
+
+
+@app.command()
 def plan(
     recipe: Recipe,
     hardware: Annotated[

@@ -25,6 +25,7 @@ from raysynth.config.model import (
     takes_volumes,
 )
 from raysynth.config.sampling import SamplingConfig
+from raysynth.config.serving import ServingConfig
 from raysynth.config.training import TrainingConfig
 from raysynth.errors import InputError
 
@@ -62,6 +63,7 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     audit: AuditConfig = AuditConfig()
     downstream: DownstreamConfig = DownstreamConfig()
+    serving: ServingConfig = ServingConfig()
 
     @property
     def store_url(self) -> str:

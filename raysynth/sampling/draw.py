@@ -83,7 +83,7 @@ class BundleSampler:
         """Rows of every network call at that scale, by which a sample is reproducible."""
         if self.bundle.generator is not None:
             return self.sampling.batch_size
-        return self._engine(guidance_scale).batch_shape
+        return self.engine(guidance_scale).batch_shape
 
     def draw(
         self,
@@ -103,15 +103,15 @@ class BundleSampler:
             InputError: a request or the scale makes no sense; nothing has been loaded then.
         """
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
-        requests = self._requests(planned, scale)
+        requests = self.requests(planned, scale)
         if self.bundle.generator is not None:
             hu = self._generate(planned, untrained)
         else:
             row = {one.sample_id: number for number, one in enumerate(planned)}
             drawn: list[torch.Tensor] = [torch.empty(0)] * len(planned)
-            for finished in self._engine(scale, untrained).run(requests):
+            for finished in self.engine(scale, untrained).run(requests):
                 drawn[row[finished.sample_id]] = finished.x_0
-            hu = self._decode(torch.stack(drawn))
+            hu = self.decode(torch.stack(drawn))
         for image, one in zip(hu, planned, strict=True):
             paste_known(image, one.condition)
         return hu
@@ -165,8 +165,8 @@ class BundleSampler:
             *spatial).
         """
         scale = self.sampling.guidance_scale
-        (request,) = self._requests([planned], scale)
-        engine = self._engine(scale)
+        (request,) = self.requests([planned], scale)
+        engine = self.engine(scale)
         steps = self.sampling.num_inference_steps
         shown = np.linspace(1, steps, min(num_frames, steps)).round().astype(int).tolist()
         engine.admit(request)
@@ -176,7 +176,7 @@ class BundleSampler:
             if step in shown:
                 frames.append(engine.estimates()[0].clone())
         engine.retire()
-        hu = self._decode(torch.stack(frames))
+        hu = self.decode(torch.stack(frames))
         for image in hu:
             paste_known(image, planned.condition)
         return shown, hu
@@ -200,10 +200,22 @@ class BundleSampler:
             )
         return measurements
 
-    def _requests(
-        self, planned: Iterable[PlannedSample], guidance_scale: float
+    def requests(
+        self,
+        planned: Iterable[PlannedSample],
+        guidance_scale: float,
+        num_inference_steps: int | None = None,
     ) -> list[SampleRequest]:
-        """Checked, before anything is loaded."""
+        """Requests to the engine, checked before anything is loaded.
+
+        Args:
+            planned: what to draw.
+            guidance_scale: of all.
+            num_inference_steps: of all; None: the sampling settings'.
+
+        Raises:
+            InputError: one makes no sense, or not to this model.
+        """
         model = self.facts.model
         requests = []
         for one in planned:
@@ -220,7 +232,7 @@ class BundleSampler:
                     one.seed,
                     one.condition,
                     self.sampling.sampler,
-                    self.sampling.num_inference_steps,
+                    num_inference_steps or self.sampling.num_inference_steps,
                     guidance_scale,
                 )
             )
@@ -243,7 +255,8 @@ class BundleSampler:
         return denormalize(np.concatenate(images), bundle.window_hu)
 
     @torch.inference_mode()
-    def _decode(self, x_0: torch.Tensor) -> NDArray[np.int16]:
+    def decode(self, x_0: torch.Tensor) -> NDArray[np.int16]:
+        """HU (n, *spatial) of what an engine has drawn, at the one batch shape."""
         size = self.sampling.batch_size
         images = []
         for start in range(0, len(x_0), size):
@@ -262,7 +275,13 @@ class BundleSampler:
             self._generators[untrained] = made.to(self.device).eval()
         return self._generators[untrained]
 
-    def _engine(self, guidance_scale: float, untrained: bool = False) -> SamplingEngine:
+    def engine(self, guidance_scale: float, untrained: bool = False) -> SamplingEngine:
+        """The engine that draws at a scale: guided but at 1.
+
+        Args:
+            guidance_scale: of its requests.
+            untrained: with fresh weights instead, as a control.
+        """
         guided = guidance_scale != 1  # at 1 the null condition has no say
         if (guided, untrained) not in self._engines:
             self._engines[guided, untrained] = self._make_engine(guided, untrained)

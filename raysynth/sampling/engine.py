@@ -234,6 +234,15 @@ class SamplingEngine:
         self._position += self._stride
         self._collect()
 
+    @torch.inference_mode()
+    def abandon(self, sample_id: str) -> bool:
+        """Frees the slot of an unfinished sample; False if it has none."""
+        for slot, course in enumerate(self._courses):
+            if course is not None and course.sample_id == sample_id:
+                self._free(slot)
+                return True
+        return False
+
     def retire(self) -> list[FinishedSample]:
         """Hands back the samples that have finished since the last call."""
         finished, self._finished = self._finished, []
@@ -242,6 +251,11 @@ class SamplingEngine:
     def estimates(self) -> Tensor:
         """Each slot's estimate of x_0 after its last step, (slots, c, *latent): for previews."""
         return self._x_0
+
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """By unfinished sample, its slot and how many of its steps are left."""
+        busy = enumerate(self._courses)
+        return {one.sample_id: (slot, one.steps_left) for slot, one in busy if one is not None}
 
     def run(self, requests: Iterable[SampleRequest]) -> Iterator[FinishedSample]:
         """Draws all requests, in order of completion, with the slots kept full.
@@ -333,9 +347,13 @@ class SamplingEngine:
             if course.steps_left == 0:
                 x_0 = self._x_t[slot].clone()
                 self._finished.append(FinishedSample(course.sample_id, x_0, self.batch_shape))
-                self._courses[slot] = None
-                self._position[slot] = self.schedule.num_train_timesteps
-                self._stride[slot] = 0
+                self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        """Leaves a slot idle."""
+        self._courses[slot] = None
+        self._position[slot] = self.schedule.num_train_timesteps
+        self._stride[slot] = 0
 
 
 def _check_compiler(device: torch.device | str) -> None:

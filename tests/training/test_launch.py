@@ -23,6 +23,8 @@ from raysynth.sampling.draw import BundleSampler
 from raysynth.training import loop
 from raysynth.training.history import History, read_history
 from raysynth.training.launch import _ray_worker, train
+from raysynth.training.loop import RunFiles
+from raysynth.training.worker import RunPlan, _check_folder
 from tests.store.conftest import make_store
 from tests.training.conftest import AUTOENCODER, DIFFUSION, EXTRACTOR, recipe
 
@@ -321,5 +323,5 @@ def _seen(config: ExperimentConfig) -> int:
 
 def test_a_folder_that_a_worker_does_not_see_is_named(tmp_path: Path) -> None:
     files = RunFiles(tmp_path / "elsewhere", tmp_path, "fingerprint", "snapshot")
-    with pytest.raises(InputError, match="1 of 1 workers do not see .*elsewhere.* all nodes share"):
+    with pytest.raises(InputError, match=r"1 of 1 workers do not see .*elsewhere"):
         _check_folder(RunPlan(files, "samples/x", None))

@@ -1,0 +1,95 @@
+"""The application that Ray Serve runs: `serve deploy`'s import path, and `raysynth serve`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from raysynth.config import Diffusion, ExperimentConfig, load_recipe
+from raysynth.errors import InputError
+from raysynth.models.bundle import read_facts
+from raysynth.serving.gateway import Gateway
+from raysynth.serving.replica import Replica
+from raysynth.serving.tokens import add_token, load_tokens
+from raysynth.session import check_resources, connect
+
+logger = logging.getLogger(__name__)
+
+NAME = "raysynth"
+OWNER = "owner"
+"""Of the token that is made where there is none yet."""
+
+
+def build(arguments: dict[str, Any]) -> Application:
+    """The application of a recipe, for Ray Serve's config files.
+
+    Args:
+        arguments: `recipe`, the path of its file, and `set`, a list of overrides.
+    """
+    return application(load_recipe(arguments["recipe"], arguments.get("set", [])))
+
+
+def application(config: ExperimentConfig) -> Application:
+    """Gateway and replicas of a recipe's bundle.
+
+    Raises:
+        InputError: there is no bundle, or one that draws in one call or not at all.
+    """
+    config = config.absolute()
+    facts, serving, sampling = read_facts(config.bundle_path), config.serving, config.sampling
+    if not isinstance(facts.model, Diffusion):
+        raise InputError(
+            f"bundle {config.bundle_path} is a {facts.model.family}: serve a diffusion model"
+        )
+    at_once = 2 * sampling.batch_size + serving.max_waiting
+    replica: Any = serve.deployment(
+        Replica,
+        name="replica",
+        num_replicas=serving.num_replicas,
+        # One more than it takes: it refuses by itself, and says why.
+        max_ongoing_requests=at_once + 8,
+        ray_actor_options={
+            "num_cpus": sampling.threads_per_actor,
+            "num_gpus": int(sampling.use_gpu),
+        },
+        health_check_period_s=5,
+    )
+    replicas = replica.bind(config.bundle_path, sampling, config.seed, serving.max_waiting)
+    gateway: Any = Gateway
+    ingress = gateway.options(
+        max_ongoing_requests=4 * at_once * serving.num_replicas, ray_actor_options={"num_cpus": 0}
+    )
+    bound: Application = ingress.bind(replicas, config)
+    return bound
+
+
+def serve_here(config: ExperimentConfig, host: str, port: int) -> None:
+    """Serves until it is interrupted.
+
+    A first token is made, and told, if there is none.
+
+    Raises:
+        InputError: there is nothing to serve, or too little to serve it on.
+    """
+    config = config.absolute()
+    app = application(config)
+    folder = config.work_dir / "serving"
+    with connect():
+        replicas = config.serving.num_replicas
+        each = {"CPU": config.sampling.threads_per_actor, "GPU": int(config.sampling.use_gpu)}
+        check_resources(replicas, each, "serving")
+        if not load_tokens(folder):
+            token = add_token(folder, OWNER)
+            logger.warning("token of %s, told this once: %s", OWNER, token)
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(app, name=NAME, route_prefix="/")
+        logger.warning("serving http://%s:%d/docs until you press Ctrl-C", host, port)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            serve.shutdown()  # type: ignore[no-untyped-call]

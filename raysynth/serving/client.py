@@ -1,0 +1,150 @@
+"""A typed client of API v1: ten lines from nothing to an array."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NPZ = "application/x-npz"
+
+
+class Refused(Exception):
+    """The service refused a request.
+
+    Attributes:
+        status: of HTTP.
+        detail: why, in a line.
+        field: of the request that is to blame.
+    """
+
+    def __init__(self, status: int, problem: dict[str, Any]) -> None:
+        self.status = status
+        self.detail = str(problem.get("detail", problem))
+        self.field = problem.get("field")
+        super().__init__(f"{status}: {self.detail}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A drawn sample.
+
+    Attributes:
+        hu: int16 (y, x) or (z, y, x).
+        facts: seed, bundle, batch shape, pixel size.
+    """
+
+    hu: NDArray[np.int16]
+    facts: dict[str, Any]
+
+
+class Client:
+    """Talks to one service.
+
+    >>> client = Client("http://localhost:8000", token)
+    >>> client.sample(seed=7, box=(20, 24, 30, 34)).hu
+    """
+
+    def __init__(self, url: str, token: str, timeout_s: float = 300.0) -> None:
+        """Nothing is sent yet."""
+        self.url, self.token, self.timeout_s = url.rstrip("/"), token, timeout_s
+
+    def models(self) -> list[dict[str, Any]]:
+        """What is served."""
+        found: list[dict[str, Any]] = json.loads(self._send("GET", "/v1/models"))
+        return found
+
+    def sample(self, **request: Any) -> Sample:
+        """Draws a slice and waits for it; see `SampleIn` for what may be asked.
+
+        Raises:
+            Refused: the service says why.
+        """
+        return _sample(self._send("POST", "/v1/samples", request, accept=NPZ))
+
+    def submit(self, *, idempotency_key: str | None = None, **request: Any) -> str:
+        """Asks for a sample to be drawn in the background; returns the job's id.
+
+        Raises:
+            Refused: the service says why.
+        """
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return str(json.loads(self._send("POST", "/v1/jobs", request, headers=headers))["id"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """How far a job is."""
+        found: dict[str, Any] = json.loads(self._send("GET", f"/v1/jobs/{job_id}"))
+        return found
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Your jobs, the newest first."""
+        found: list[dict[str, Any]] = json.loads(self._send("GET", "/v1/jobs"))
+        return found
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Gives a job up."""
+        found: dict[str, Any] = json.loads(self._send("DELETE", f"/v1/jobs/{job_id}"))
+        return found
+
+    def result(self, job_id: str, wait_s: float = 300.0) -> Sample:
+        """What a job has drawn; waits for it.
+
+        Raises:
+            Refused: it failed, was cancelled, or takes longer.
+        """
+        until = time.monotonic() + wait_s
+        while self.job(job_id)["state"] in ("waiting", "drawing") and time.monotonic() < until:
+            time.sleep(0.2)
+        return _sample(self._send("GET", f"/v1/jobs/{job_id}/result", accept=NPZ))
+
+    def events(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and content of what happens to a job, until it ends."""
+        with self._open("GET", f"/v1/jobs/{job_id}/events") as answer:
+            name = ""
+            for line in answer:
+                kind, _, content = line.decode().strip().partition(": ")
+                if kind == "event":
+                    name = content
+                elif kind == "data":
+                    yield name, json.loads(content)
+
+    def _send(self, method: str, path: str, body: Any = None, **options: Any) -> bytes:
+        with self._open(method, path, body, **options) as answer:
+            content: bytes = answer.read()
+            return content
+
+    def _open(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        accept: str = "application/json",
+        headers: dict[str, str] | None = None,
+    ) -> Any:
+        told = {"Authorization": f"Bearer {self.token}", "Accept": accept, **(headers or {})}
+        content = None
+        if body is not None:
+            content, told["Content-Type"] = json.dumps(body).encode(), "application/json"
+        request = urllib.request.Request(self.url + path, content, told, method=method)
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout_s)
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            try:
+                problem = json.loads(text)
+            except ValueError:
+                problem = {"detail": text or error.reason}
+            raise Refused(error.code, problem) from None
+
+
+def _sample(packed: bytes) -> Sample:
+    with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+        return Sample(arrays["hu"], json.loads(str(arrays["facts"])))

@@ -1,0 +1,130 @@
+"""Jobs on the disk: there before they are acknowledged, and there after a restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raysynth.serving.schemas import State
+
+JOB_ID = re.compile(r"[0-9a-f]{32}")
+UNFINISHED: tuple[State, ...] = ("waiting", "drawing")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample that is drawn in the background.
+
+    Attributes:
+        id: random; nobody guesses another's.
+        owner: whose token asked.
+        number: of the job, in the order in which they came.
+        body: the request as it came, with its seed.
+        state: how far it is.
+        error: why it failed.
+        key: the client's idempotency key.
+    """
+
+    id: str
+    owner: str
+    number: int
+    body: dict[str, Any]
+    state: State = "waiting"
+    error: str | None = None
+    key: str | None = None
+
+
+class JobFolder:
+    """Jobs as files, one each; their results beside them."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        """Reads what is there.
+
+        Args:
+            path: the folder; it is made.
+            keep: jobs that are kept; the oldest finished ones go.
+        """
+        self.path, self.keep = path, keep
+        path.mkdir(parents=True, exist_ok=True)
+        found = (json.loads(file.read_text()) for file in path.glob("*.json"))
+        jobs = sorted((Job(**one) for one in found), key=lambda job: job.number)
+        self.jobs = {job.id: job for job in jobs}
+
+    def add(self, owner: str, body: dict[str, Any], key: str | None = None) -> tuple[Job, bool]:
+        """A new job, durable when this returns; or the one that came with the same key before.
+
+        Returns:
+            The job, and whether it is new.
+        """
+        if key is not None:
+            for job in self.jobs.values():
+                if job.owner == owner and job.key == key:
+                    return job, False
+        number = max((job.number for job in self.jobs.values()), default=0) + 1
+        job = Job(secrets.token_hex(16), owner, number, body, key=key)
+        self._write(job)
+        self._make_room()
+        return job, True
+
+    def of(self, owner: str, job_id: str) -> Job | None:
+        """An owner's job; None if there is none, or if it is another's."""
+        job = self.jobs.get(job_id) if JOB_ID.fullmatch(job_id) else None
+        return job if job is not None and job.owner == owner else None
+
+    def all_of(self, owner: str) -> list[Job]:
+        """An owner's jobs, the newest first."""
+        return [job for job in reversed(self.jobs.values()) if job.owner == owner]
+
+    def unfinished(self) -> list[Job]:
+        """Jobs that were accepted and are not done, the oldest first."""
+        return [job for job in self.jobs.values() if job.state in UNFINISHED]
+
+    def change(self, job_id: str, state: State, error: str | None = None) -> Job:
+        """Writes how far a job is; what has ended stays as it is."""
+        job = self.jobs[job_id]
+        if job.state not in UNFINISHED:
+            return job
+        job = replace(job, state=state, error=error)
+        self._write(job)
+        return job
+
+    def put_result(self, job_id: str, packed: bytes) -> None:
+        """Writes a result; durable when this returns."""
+        _write_synced(self._result(job_id), packed)
+
+    def result(self, job_id: str) -> bytes:
+        """The result of a job that is done."""
+        return self._result(job_id).read_bytes()
+
+    def _result(self, job_id: str) -> Path:
+        return self.path / f"{job_id}.npz"
+
+    def _write(self, job: Job) -> None:
+        _write_synced(self.path / f"{job.id}.json", json.dumps(asdict(job)).encode())
+        self.jobs[job.id] = job
+
+    def _make_room(self) -> None:
+        ended = [job for job in self.jobs.values() if job.state not in UNFINISHED]
+        for job in ended[: max(0, len(self.jobs) - self.keep)]:
+            del self.jobs[job.id]
+            self._result(job.id).unlink(missing_ok=True)
+            (self.path / f"{job.id}.json").unlink()
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{path.name}")
+    with scratch.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,220 @@
+"""The service as its clients meet it: a real Ray Serve on this machine, spoken to over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from imagecodecs import png_decode, png_encode
+from ray import serve
+
+from raysynth.condition import Condition
+from raysynth.config import ExperimentConfig
+from raysynth.models.bundle import bundle_digest
+from raysynth.sampling.draw import BundleSampler
+from raysynth.sampling.planner import NO_SOURCE, PlannedSample
+from raysynth.serving.app import application
+from raysynth.serving.client import Client, Refused
+from raysynth.serving.gateway import MAX_BODY_BYTES
+from raysynth.serving.tokens import add_token, load_tokens, owner_of
+from raysynth.session import connect
+from tests.sampling.crashing_run import drawing_config, make_bundle
+
+pytestmark = pytest.mark.ray
+
+PORT = 8123
+URL = f"http://127.0.0.1:{PORT}"
+BOX, SCORES = (12, 14, 18, 20), {"margin": 4, "texture": 2}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    config = drawing_config(Path(tmp_path_factory.mktemp("service")))
+    make_bundle(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def client(config: ExperimentConfig) -> Iterator[Client]:
+    token = add_token(config.work_dir / "serving", "someone")
+    add_token(config.work_dir / "serving", "another")
+    with connect(num_cpus=3):
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        serve.run(application(config), name="raysynth")
+        yield Client(URL, token, timeout_s=60)
+        serve.shutdown()
+
+
+def alone(config: ExperimentConfig, seed: int) -> np.ndarray:
+    """What a batch run draws for the same request."""
+    attributes = (0, 4, 0, 0, 2)
+    planned = PlannedSample("x", seed, Condition(box=BOX, attributes=attributes), NO_SOURCE)
+    return BundleSampler(config.bundle_path, config.sampling, config.seed).draw([planned])[0]
+
+
+def test_a_seed_gives_the_sample_of_a_batch_run(config: ExperimentConfig, client: Client) -> None:
+    drawn = client.sample(seed=7, box=BOX, attributes=SCORES)
+    np.testing.assert_array_equal(drawn.hu, alone(config, 7))
+    assert drawn.facts["seed"] == 7
+    assert drawn.facts["synthetic"] is True
+    assert drawn.facts["bundle"] == bundle_digest(config.bundle_path)
+    assert drawn.facts["batch_shape"] == config.sampling.batch_size
+    assert client.sample().facts["seed"] != client.sample().facts["seed"]
+
+
+def asked(method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, answer.headers, content
+
+
+def test_a_picture_in_the_window_says_that_it_is_synthetic(
+    config: ExperimentConfig, client: Client
+) -> None:
+    body = json.dumps({"seed": 7, "box": BOX, "attributes": SCORES})
+    status, headers, content = asked(
+        "POST",
+        "/v1/samples",
+        body,
+        Authorization=f"Bearer {client.token}",
+        **{"Content-Type": "application/json"},
+    )
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    assert headers["X-Raysynth-Synthetic"] == "yes"
+    hu = alone(config, 7).astype(float)
+    grey = np.clip((hu + 1000) / 3500, 0, 1) * 255
+    np.testing.assert_allclose(png_decode(content), grey, atol=0.51)
+
+
+def test_a_layout_is_a_picture(client: Client) -> None:
+    layout = np.full((32, 32), 4, np.uint8)
+    layout[8:28, 8:28] = 1
+    packed = base64.b64encode(png_encode(layout)).decode()
+    assert client.sample(seed=1, layout_png=packed, box=BOX).hu.shape == (32, 32)
+
+
+def test_a_job_is_drawn_told_of_and_kept(config: ExperimentConfig, client: Client) -> None:
+    job = client.submit(seed=7, box=BOX, attributes=SCORES, idempotency_key="once")
+    assert client.submit(seed=9, idempotency_key="once") == job
+    told = list(client.events(job))
+    np.testing.assert_array_equal(client.result(job).hu, alone(config, 7))
+    assert told[-1][0] == "done"
+    shown = client.job(job)
+    assert (shown["state"], shown["seed"]) == ("done", 7)
+    assert client.jobs()[0]["id"] == job
+
+
+def test_a_cancelled_job_ends_and_others_go_on(client: Client) -> None:
+    long = client.submit(seed=1, num_inference_steps=250)
+    assert client.cancel(long)["state"] == "cancelled"
+    assert client.sample(seed=2).hu.shape == (32, 32)
+    with pytest.raises(Refused, match="the job is cancelled"):
+        client.result(long)
+
+
+def test_nobody_sees_what_is_another_s(config: ExperimentConfig, client: Client) -> None:
+    job = client.submit(seed=1)
+    stranger = Client(URL, "wrong")
+    for call in (stranger.models, stranger.jobs, lambda: stranger.sample(seed=1)):
+        with pytest.raises(Refused) as refused:
+            call()
+        assert refused.value.status == 401
+    assert asked("GET", "/v1/health")[0] == 200
+    for odd in ("0" * 32, "..", "%2e%2e%2ftokens", job[:-1]):
+        with pytest.raises(Refused) as refused:
+            client.job(odd)
+        assert refused.value.status == 404
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        ({"box": [0, 0, 900, 900]}, "box"),
+        ({"box": [1, 2, 3]}, "box"),
+        ({"box": [40, 40, 20, 20]}, "box"),
+        ({"attributes": {"colour": 3}}, "attributes"),
+        ({"attributes": {"margin": 9}}, "attributes.margin"),
+        ({"num_inference_steps": 251}, "num_inference_steps"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"layout_png": "%%%"}, "layout_png"),
+        ({"layout_png": base64.b64encode(b"GIF89a" * 9).decode()}, "layout_png"),
+        (
+            {"layout_png": base64.b64encode(png_encode(np.zeros((9, 9), "u1"))).decode()},
+            "layout_png",
+        ),
+        ({"file": "/etc/passwd"}, "file"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_requests_name_the_field_at_once(
+    client: Client, request_: dict[str, Any], field: str
+) -> None:
+    client.models()  # a connection of the client's making is not what is timed
+    started = time.monotonic()
+    for call in (client.sample, client.submit):
+        with pytest.raises(Refused) as refused:
+            call(**request_)
+        assert refused.value.status == 422
+        assert refused.value.field == field
+    assert time.monotonic() - started < 1
+
+
+def test_large_bodies_are_refused_unread(client: Client) -> None:
+    told = {"Authorization": f"Bearer {client.token}", "Content-Type": "application/json"}
+    status, headers, content = asked("POST", "/v1/jobs", b" " * (MAX_BODY_BYTES + 1), **told)
+    assert status == 413
+    assert headers["Content-Type"] == "application/problem+json"
+    assert json.loads(content)["title"] == "too large"
+
+
+def test_the_api_describes_itself(client: Client) -> None:
+    status, _, content = asked("GET", "/openapi.json")
+    paths = json.loads(content)["paths"]
+    assert status == 200
+    assert {"/v1/samples", "/v1/jobs", "/v1/jobs/{job_id}/events"} <= set(paths)
+    (model,) = client.models()
+    assert model["shape"] == [32, 32]
+    assert "Research only" in model["card"]
+
+
+def test_what_a_lost_replica_had_is_drawn_again(config: ExperimentConfig, client: Client) -> None:
+    job = client.submit(seed=7, box=BOX, attributes=SCORES, num_inference_steps=200)
+    while client.job(job)["step"] == 0:
+        time.sleep(0.05)
+    replicas = [
+        one for one in ray.util.list_named_actors(all_namespaces=True) if "#replica#" in one["name"]
+    ]
+    assert replicas
+    ray.kill(ray.get_actor(replicas[0]["name"], replicas[0]["namespace"]), no_restart=False)
+    drawn = client.result(job, wait_s=60)
+    planned = PlannedSample("x", 7, Condition(box=BOX, attributes=(0, 4, 0, 0, 2)), NO_SOURCE)
+    sampling = config.sampling.model_copy(update={"num_inference_steps": 200})
+    expected = BundleSampler(config.bundle_path, sampling, config.seed).draw([planned])[0]
+    np.testing.assert_array_equal(drawn.hu, expected)
+
+
+def test_tokens_are_kept_as_hashes(tmp_path: Path) -> None:
+    token = add_token(tmp_path, "a")
+    other = add_token(tmp_path, "b")
+    tokens = load_tokens(tmp_path)
+    text = (tmp_path / "tokens.json").read_text()
+    assert token not in text
+    assert (tmp_path / "tokens.json").stat().st_mode & 0o077 == 0
+    assert owner_of(tokens, token) == "a"
+    assert owner_of(tokens, other) == "b"
+    assert [owner_of(tokens, one) for one in ("", token[:-1], token + " ")] == [None] * 3
+    again = add_token(tmp_path, "a")
+    assert owner_of(load_tokens(tmp_path), token) is None
+    assert owner_of(load_tokens(tmp_path), again) == "a"

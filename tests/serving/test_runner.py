@@ -1,0 +1,132 @@
+"""Requests that join, leave and finish at any step."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raysynth.condition import Condition
+from raysynth.config import ExperimentConfig
+from raysynth.errors import InputError
+from raysynth.sampling.draw import BundleSampler
+from raysynth.sampling.planner import NO_SOURCE, PlannedSample
+from raysynth.serving.runner import Busy, Runner
+
+
+@pytest.fixture
+def runner(served: ExperimentConfig) -> Iterator[Runner]:
+    runner = Runner(sampler_of(served))
+    yield runner
+    runner.close()
+
+
+def sampler_of(config: ExperimentConfig, **changes: Any) -> BundleSampler:
+    sampling = config.sampling.model_copy(update=changes)
+    return BundleSampler(config.bundle_path, sampling, config.seed)
+
+
+def box_at(corner: int) -> Condition:
+    return Condition(box=(corner, corner, corner + 6, corner + 6), attributes=(3, 3, 3, 3, 3))
+
+
+def test_samples_are_those_of_a_batch_run_whoever_shares_their_calls(
+    served: ExperimentConfig, runner: Runner
+) -> None:
+    planned = [PlannedSample(f"s{n}", n, box_at(n), NO_SOURCE) for n in range(12)]
+    alone = sampler_of(served).draw(planned)
+    # Others of more and fewer steps come and go between them.
+    steps = [3, 7, 5, 9]
+    others = [
+        runner.submit(f"o{n}", 100 + n, Condition(), num_inference_steps=steps[n % 4])
+        for n in range(10)
+    ]
+    tickets = [runner.submit(one.sample_id, one.seed, one.condition) for one in planned]
+    for ticket, expected in zip(tickets, alone, strict=True):
+        np.testing.assert_array_equal(ticket.drawn.result(60), expected)
+        assert ticket.batch_shape == served.sampling.batch_size
+    for other in others:
+        assert other.drawn.result(60).dtype == np.int16
+
+
+def test_guided_and_unguided_requests_are_served_together(
+    served: ExperimentConfig, runner: Runner
+) -> None:
+    tickets = [
+        runner.submit(f"{scale}", 7, box_at(5), guidance_scale=scale) for scale in (1.0, 2.0, 4.0)
+    ]
+    images = [ticket.drawn.result(60) for ticket in tickets]
+    for scale, image in zip((1.0, 2.0, 4.0), images, strict=True):
+        planned = PlannedSample("x", 7, box_at(5), NO_SOURCE)
+        expected = sampler_of(served).draw([planned], guidance_scale=scale)[0]
+        np.testing.assert_array_equal(image, expected)
+    assert tickets[1].batch_shape == 2 * served.sampling.batch_size
+
+
+def test_progress_is_told_step_by_step(runner: Runner) -> None:
+    told: list[tuple[int, int]] = []
+    ticket = runner.submit(
+        "a", 0, box_at(3), num_inference_steps=5, on_step=lambda *step: told.append(step)
+    )
+    ticket.drawn.result(60)
+    assert told == [(step, 5) for step in range(1, 6)]
+
+
+def test_who_gives_up_frees_a_slot_at_once(served: ExperimentConfig) -> None:
+    runner = Runner(sampler_of(served, batch_size=1))
+    started = threading.Event()
+    long = runner.submit(
+        "long", 0, box_at(2), num_inference_steps=1000, on_step=lambda *_: started.set()
+    )
+    short = runner.submit("short", 1, box_at(4), num_inference_steps=2)
+    assert started.wait(60)
+    assert not short.drawn.done()
+    runner.cancel(long)
+    assert short.drawn.result(60).shape == (32, 32)
+    with pytest.raises(CancelledError):
+        long.drawn.result()
+    waiting = runner.submit("waiting", 2, box_at(4))
+    runner.cancel(waiting)
+    runner.close()
+    assert runner.num_unfinished == 0
+
+
+def test_too_many_are_refused_and_none_is_lost(served: ExperimentConfig) -> None:
+    runner = Runner(sampler_of(served, batch_size=2), max_waiting=3)
+    tickets, refused = [], 0
+    for number in range(20):
+        try:
+            tickets.append(runner.submit(f"{number}", number, box_at(1), num_inference_steps=20))
+        except Busy:
+            refused += 1
+    assert refused > 0
+    runner.close()  # drains
+    assert all(ticket.drawn.done() for ticket in tickets)
+    assert all(ticket.drawn.exception() is None for ticket in tickets)
+    with pytest.raises(Busy):
+        runner.submit("late", 0, box_at(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"condition": Condition(box=(0, 0, 900, 900))}, "box"),
+        ({"condition": Condition(attributes=(9, 9, 9, 9, 9))}, "attributes"),
+        ({"num_inference_steps": 5000}, "5000"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+    ],
+)
+def test_bad_requests_are_refused_at_once_and_others_go_on(
+    runner: Runner, changes: dict[str, Any], message: str
+) -> None:
+    request = {"sample_id": "bad", "seed": 0, "condition": Condition()} | changes
+    started = time.monotonic()
+    with pytest.raises(InputError, match=message):
+        runner.submit(**request)
+    assert time.monotonic() - started < 1
+    assert runner.submit("good", 0, Condition()).drawn.result(60).ndim == 2
