@@ -186,6 +186,19 @@ def serve(
 
 
 @app.command()
+def token(
+    recipe: Recipe,
+    owner: Annotated[str, typer.Option(help="Who will use it; an old token of theirs ends.")],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Make a token for the service of a recipe; it is told this once."""
+    from raysynth.config import load_recipe
+    from raysynth.serving.tokens import FOLDER, add_token
+
+    print(add_token(load_recipe(recipe, overrides).work_dir / FOLDER, owner))
+
+
+@app.command()
 def plan(
     recipe: Recipe,
     hardware: Annotated[

@@ -14,7 +14,7 @@ from raysynth.errors import InputError
 from raysynth.models.bundle import read_facts
 from raysynth.serving.gateway import Gateway
 from raysynth.serving.replica import Replica
-from raysynth.serving.tokens import add_token, load_tokens
+from raysynth.serving.tokens import FOLDER, add_token, load_tokens
 from raysynth.session import check_resources, connect
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def application(config: ExperimentConfig) -> Application:
     replicas = replica.bind(config.bundle_path, sampling, config.seed, serving.max_waiting)
     gateway: Any = Gateway
     ingress = gateway.options(
-        max_ongoing_requests=4 * at_once * serving.num_replicas, ray_actor_options={"num_cpus": 0}
+        max_ongoing_requests=4 * at_once * serving.num_replicas, ray_actor_options={"num_cpus": 0.1}
     )
     bound: Application = ingress.bind(replicas, config)
     return bound
@@ -77,7 +77,7 @@ def serve_here(config: ExperimentConfig, host: str, port: int) -> None:
     """
     config = config.absolute()
     app = application(config)
-    folder = config.work_dir / "serving"
+    folder = config.work_dir / FOLDER
     with connect():
         replicas = config.serving.num_replicas
         each = {"CPU": config.sampling.threads_per_actor, "GPU": int(config.sampling.use_gpu)}

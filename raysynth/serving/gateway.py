@@ -39,7 +39,7 @@ from raysynth.serving.schemas import (
     npz_of,
     png_of,
 )
-from raysynth.serving.tokens import load_tokens, owner_of
+from raysynth.serving.tokens import FOLDER, load_tokens, owner_of
 
 MAX_BODY_BYTES = 4_000_000
 """Of a request, refused before anything is decoded."""
@@ -186,15 +186,18 @@ class Gateway:
         self.replicas, self.config = replicas.options(stream=True), config
         self.facts = read_facts(config.bundle_path)
         self.digest = bundle_digest(config.bundle_path)
-        folder = config.work_dir / "serving"
-        self.tokens = load_tokens(folder)
-        self.jobs = JobFolder(folder / "jobs", config.serving.keep_results)
+        self.folder = config.work_dir / FOLDER
+        self.jobs = JobFolder(self.folder / "jobs", config.serving.keep_results)
         self.going: dict[str, Progress] = {}
         for job in self.jobs.unfinished():
             self._begin(job)
 
     def _owner(self, bearer: Bearer) -> str:
-        owner = None if bearer is None else owner_of(self.tokens, bearer.credentials)
+        owner = None
+        if (
+            bearer is not None
+        ):  # tokens are read each time: new ones are known, old ones end, at once
+            owner = owner_of(load_tokens(self.folder), bearer.credentials)
         if owner is None:
             raise HTTPException(401, "give a token: `Authorization: Bearer ...`")
         return owner

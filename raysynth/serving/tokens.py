@@ -11,7 +11,8 @@ from pathlib import Path
 
 from raysynth.errors import InputError
 
-TOKENS_FILE = "tokens.json"
+FOLDER, TOKENS_FILE = "serving", "tokens.json"
+"""Below a recipe's work_dir; the file within it."""
 
 
 def load_tokens(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import lzma
 import os
@@ -14,13 +15,16 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
+from raysynth.config import load_recipe
 from raysynth.progress import METRICS
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
-RAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
+RAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
+CLUSTER_IN = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 
 
 def documents() -> list[dict[str, Any]]:
@@ -32,8 +36,8 @@ def clusters() -> dict[str, dict[str, Any]]:
     found = {}
     for one in documents():
         if one["kind"] in RAY_KINDS:
-            spec = one["spec"]
-            found[one["kind"]] = spec if one["kind"] == "RayCluster" else spec["rayClusterSpec"]
+            place = CLUSTER_IN.get(one["kind"])
+            found[one["kind"]] = one["spec"][place] if place else one["spec"]
     return found
 
 
@@ -93,7 +97,10 @@ def test_clusters_are_closed_and_their_heads_do_no_work() -> None:
         assert all(
             group["maxReplicas"] > group["minReplicas"] for group in spec["workerGroupSpecs"]
         )
-    (policy,) = [one for one in documents() if one["kind"] == "NetworkPolicy"]
+    policy, of_api = [one for one in documents() if one["kind"] == "NetworkPolicy"]
+    assert of_api["spec"]["podSelector"] == policy["spec"]["podSelector"]
+    (clients,) = of_api["spec"]["ingress"]
+    assert clients["ports"] == [{"port": "serve"}]
     # The label that KubeRay gives all of its pods.
     assert policy["spec"]["podSelector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
     assert policy["spec"]["policyTypes"] == ["Ingress"]
@@ -146,6 +153,18 @@ def test_the_job_runs_the_verbs_in_order() -> None:
     ).stdout.splitlines()
     assert len(said) == 8
     assert said[2].startswith("jobs.train jobs/recipes/lidc_vq.yaml --set work_dir=/shared/runs")
+
+
+def test_the_service_names_an_application_that_can_be_built() -> None:
+    (service,) = [one for one in documents() if one["kind"] == "RayService"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (app,) = config.applications
+    module, _, name = str(app.import_path).partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    recipe = ROOT / str(app.args["recipe"]).removeprefix("/raysynth/")
+    resolved = load_recipe(recipe, app.args["set"])
+    assert str(resolved.bundle_path) == "/shared/runs/bundles/lidc_attributes_ldm_4"
+    assert resolved.serving.num_replicas == 8
 
 
 def test_the_slurm_script_asks_for_what_it_needs(tmp_path: Path) -> None:
