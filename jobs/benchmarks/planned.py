@@ -4,7 +4,7 @@ python -m jobs.benchmarks.planned RECIPE [--set KEY=VALUE ...] [--samples 400] [
 
 Plans training with one worker and with two, and drawing with one actor and with two; then trains
 and draws so. Training's time is that of its steps with checkpoints; drawing's is what so many
-samples take longer than one: so start-up stays apart. Needs the recipe's sample set (and, of
+samples more take: so start-up stays apart. Needs the recipe's sample set (and, of
 latents, these and the autoencoder). Prints a table and a line of JSON; exits 1 where a plan is more
 than 15 % off.
 """
@@ -79,7 +79,8 @@ def _compare(config: ExperimentConfig, folder: Path) -> list[Row]:
     hardware = measure_here(config, autoencoder)
     planned, took = [], []
     trained = stages.train(config)["seconds"]
-    for name, num_samples in (("few", 1), ("many", config.sampling.num_samples)):
+    batch = config.sampling.batch_size  # a smaller one would be filled up
+    for name, num_samples in (("few", batch), ("many", config.sampling.num_samples + batch)):
         sampling = config.sampling.model_copy(update={"num_samples": num_samples})
         changes = {
             "name": f"{config.name}_{name}",

@@ -66,8 +66,10 @@ def _problem(status: int, title: str, detail: str, field: str | None = None) -> 
 
 @api.exception_handler(InputError)
 async def _bad_input(request: Request, error: InputError) -> JSONResponse:
-    detail = str(error)
-    return _problem(422, "this cannot be drawn", detail, detail.split(maxsplit=1)[0].rstrip(":"))
+    detail = str(getattr(error, "cause", error))  # a replica's comes wrapped
+    first = detail.split(maxsplit=1)[0].rstrip(":")
+    field = first if first in SampleIn.model_fields else None
+    return _problem(422, "this cannot be drawn", detail, field)
 
 
 @api.exception_handler(Busy)

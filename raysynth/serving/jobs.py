@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class JobFolder:
             keep: jobs that are kept; the oldest finished ones go.
         """
         self.path, self.keep = path, keep
+        self._lock = threading.Lock()  # of writers; readers copy the list first
         path.mkdir(parents=True, exist_ok=True)
         found = (json.loads(file.read_text()) for file in path.glob("*.json"))
         jobs = sorted((Job(**one) for one in found), key=lambda job: job.number)
@@ -61,14 +63,14 @@ class JobFolder:
         Returns:
             The job, and whether it is new.
         """
-        if key is not None:
+        with self._lock:
             for job in self.jobs.values():
-                if job.owner == owner and job.key == key:
+                if key is not None and job.owner == owner and job.key == key:
                     return job, False
-        number = max((job.number for job in self.jobs.values()), default=0) + 1
-        job = Job(secrets.token_hex(16), owner, number, body, key=key)
-        self._write(job)
-        self._make_room()
+            number = max((job.number for job in self.jobs.values()), default=0) + 1
+            job = Job(secrets.token_hex(16), owner, number, body, key=key)
+            self._write(job)
+            self._make_room()
         return job, True
 
     def of(self, owner: str, job_id: str) -> Job | None:
@@ -78,20 +80,20 @@ class JobFolder:
 
     def all_of(self, owner: str) -> list[Job]:
         """An owner's jobs, the newest first."""
-        return [job for job in reversed(self.jobs.values()) if job.owner == owner]
+        return [job for job in reversed(list(self.jobs.values())) if job.owner == owner]
 
     def unfinished(self) -> list[Job]:
         """Jobs that were accepted and are not done, the oldest first."""
-        return [job for job in self.jobs.values() if job.state in UNFINISHED]
+        return [job for job in list(self.jobs.values()) if job.state in UNFINISHED]
 
     def change(self, job_id: str, state: State, error: str | None = None) -> Job:
         """Writes how far a job is; what has ended stays as it is."""
-        job = self.jobs[job_id]
-        if job.state not in UNFINISHED:
+        with self._lock:
+            job = self.jobs[job_id]
+            if job.state in UNFINISHED:
+                job = replace(job, state=state, error=error)
+                self._write(job)
             return job
-        job = replace(job, state=state, error=error)
-        self._write(job)
-        return job
 
     def put_result(self, job_id: str, packed: bytes) -> None:
         """Writes a result; durable when this returns."""

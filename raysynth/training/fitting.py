@@ -74,7 +74,7 @@ def what_fits(
     Returns:
         None if nothing of this helps; nothing to change if it fits as it is.
     """
-    for changes in _alternatives(config):
+    for changes in _alternatives(config, autoencoder):
         changed = _changed(config, changes)
         footprint = training_footprint(changed, autoencoder)
         for more in _cheaper_batches(changed):
@@ -106,7 +106,9 @@ def check_fits(
     )
 
 
-def _alternatives(config: ExperimentConfig) -> Iterator[dict[str, Any]]:
+def _alternatives(
+    config: ExperimentConfig, autoencoder: AutoencoderConfig | None
+) -> Iterator[dict[str, Any]]:
     """Changes that alter what a step computes, none first."""
     twice: dict[str, Any] = {}
     if isinstance(config.model, UNet) and not config.model.checkpointing:
@@ -114,8 +116,11 @@ def _alternatives(config: ExperimentConfig) -> Iterator[dict[str, Any]]:
     yield {}
     if twice:
         yield twice
+    factor = config.model.downsampling
+    if autoencoder is not None:
+        factor *= autoencoder.downsampling
     size = config.data.samples.size // 2
-    while size >= SMALLEST_SIZE and size % config.model.downsampling == 0:
+    while size >= SMALLEST_SIZE and size % factor == 0:
         view = size * config.data.samples.pixel_mm  # voxels stay as large as they are
         smaller = {"data.samples.size": size, "data.samples.field_of_view_mm": view}
         yield {**twice, **smaller}

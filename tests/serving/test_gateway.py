@@ -189,15 +189,36 @@ def test_the_api_describes_itself(client: Client) -> None:
     assert "Research only" in model["card"]
 
 
+def kill(deployment: str) -> None:
+    """Ends a process of the service, as a lost node would."""
+    (actor,) = [
+        one
+        for one in ray.util.list_named_actors(all_namespaces=True)
+        if f"#{deployment}#" in one["name"]
+    ]
+    ray.kill(ray.get_actor(actor["name"], actor["namespace"]), no_restart=False)
+
+
+def test_an_accepted_job_outlives_the_gateway(config: ExperimentConfig, client: Client) -> None:
+    jobs = [
+        client.submit(seed=7, box=BOX, attributes=SCORES, num_inference_steps=s) for s in (4, 200)
+    ]
+    kill("gateway")
+    for _ in range(100):
+        try:
+            drawn = [client.result(job, wait_s=60) for job in jobs]
+            break
+        except (Refused, OSError):  # it is not back yet
+            time.sleep(0.5)
+    np.testing.assert_array_equal(drawn[0].hu, alone(config, 7))
+    assert [one["state"] for one in client.jobs()[:2]] == ["done", "done"]
+
+
 def test_what_a_lost_replica_had_is_drawn_again(config: ExperimentConfig, client: Client) -> None:
     job = client.submit(seed=7, box=BOX, attributes=SCORES, num_inference_steps=200)
     while client.job(job)["step"] == 0:
         time.sleep(0.05)
-    replicas = [
-        one for one in ray.util.list_named_actors(all_namespaces=True) if "#replica#" in one["name"]
-    ]
-    assert replicas
-    ray.kill(ray.get_actor(replicas[0]["name"], replicas[0]["namespace"]), no_restart=False)
+    kill("replica")
     drawn = client.result(job, wait_s=60)
     planned = PlannedSample("x", 7, Condition(box=BOX, attributes=(0, 4, 0, 0, 2)), NO_SOURCE)
     sampling = config.sampling.model_copy(update={"num_inference_steps": 200})

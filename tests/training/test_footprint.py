@@ -60,20 +60,25 @@ def test_activations_that_are_computed_twice_cost_arithmetic_and_save_memory() -
     assert twice.sample_bytes < 0.8 * kept.sample_bytes
 
 
+SLOW = (
+    "phantom_demo",
+    "phantom_demo_kl",
+    "phantom_text",
+    "phantom_spade_gan",
+    "phantom_inpaint",
+    "phantom_pix2pix",
+    "phantom_pix2pix3d",
+    "lidc_vq_tiny",
+)
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "phantom_demo",
-        "phantom_demo_kl",
-        "phantom_text",
         "phantom_semantic",
-        "phantom_spade_gan",
-        "phantom_inpaint",
-        "phantom_pix2pix",
         "phantom_flow3d",
-        "phantom_pix2pix3d",
-        "lidc_vq_tiny",
         "lidc_extractor_tiny",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )
 def test_every_family_can_be_counted(name: str) -> None:
