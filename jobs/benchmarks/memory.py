@@ -121,7 +121,7 @@ def _trained(name: str, width: int) -> Peak:
     counts = footprint.num_parameters, footprint.num_trained
     training = config.training
     kind: Any = "plain" if training.num_workers == 1 else training.engine
-    state = state_of(*counts, training.num_workers, kind, training.zero_stage)
+    state = state_of(*counts, training.num_workers, kind, training.zero_stage, accumulates=True)
     formula = state.peak(footprint.activation_bytes(1))
     measured = _in_processes(_train, training.num_workers, name, width)
     return Peak(name, max(peak for peak, _ in measured), formula)

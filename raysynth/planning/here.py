@@ -39,7 +39,7 @@ from raysynth.training.footprint import (
 
 PROBE_BYTES = 2**26
 GEMM_SIZE = 2048
-MEASURED_S = 3.0
+MEASURED_S = 5.0
 """So long steps are taken, two at least."""
 
 MOST_S = 120.0

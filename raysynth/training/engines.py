@@ -144,7 +144,8 @@ class Engine:
         )
         if math.isfinite(norm):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        # Under DDP gradients lie in the buckets that are exchanged: they must stay there.
+        self.optimizer.zero_grad(set_to_none=self.world_size == 1)
         return norm
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:

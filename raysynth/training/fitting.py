@@ -58,8 +58,11 @@ def _need(config: ExperimentConfig, footprint: Footprint, memory_bytes: float) -
     training = config.training
     counts = footprint.num_parameters, footprint.num_trained
     engine = choose_engine(training, *counts, memory_bytes)
-    state = state_of(*counts, training.num_workers, engine.name, engine.zero_stage)
-    micro_batch = training.local_batch_size // training.gradient_accumulation_steps
+    parts = training.gradient_accumulation_steps
+    state = state_of(
+        *counts, training.num_workers, engine.name, engine.zero_stage, accumulates=parts > 1
+    )
+    micro_batch = training.local_batch_size // parts
     return Need(engine, state, footprint.activation_bytes(micro_batch), footprint)
 
 

@@ -60,7 +60,13 @@ class State:
 
 
 def state_of(
-    num_parameters: int, num_trained: int, num_workers: int, name: EngineName, zero_stage: int
+    num_parameters: int,
+    num_trained: int,
+    num_workers: int,
+    name: EngineName,
+    zero_stage: int,
+    *,
+    accumulates: bool = False,
 ) -> State:
     """What a worker holds besides activations.
 
@@ -73,6 +79,8 @@ def state_of(
         num_workers: N, that share what an engine shards.
         name: of the engine.
         zero_stage: of DeepSpeed.
+        accumulates: whether a step takes several micro batches; then ZeRO 2 and 3 hold what has
+            been added up beside what is new.
     """
     whole, part = 4 * num_trained, 4 * -(-num_trained // num_workers)
     frozen = 4 * (num_parameters - num_trained)
@@ -85,10 +93,11 @@ def state_of(
         case 1:
             return State(whole + part + frozen, whole, 2 * part, part, bucket, 0)
         case 2:  # gradients of the part are copied into one piece
-            return State(whole + part + frozen, part, 2 * part, part, bucket, part)
-        case _:  # what is gathered fills a bucket, and a quarter ahead
-            gathered = bucket + bucket // 4
-            return State(2 * part + frozen, part, 2 * part, part, bucket + gathered, part + bucket)
+            passing = bucket + part * accumulates
+            return State(whole + part + frozen, part, 2 * part, part, passing, part)
+        case _:  # weights are gathered, ahead too, and gradients scattered
+            passing = part + 2 * bucket if accumulates else 4 * bucket
+            return State(2 * part + frozen, part, 2 * part, part, passing, part + bucket)
 
 
 def choose_engine(
@@ -111,22 +120,29 @@ def choose_engine(
         return EngineChoice("ddp", 0, "the recipe asks for it")
     # ZeRO 1-3 costs a small model 1.7-2.1 times the step: it pays where memory is short.
     room = STATE_SHARE * memory_bytes
-    workers = config.num_workers
-    whole = state_of(num_parameters, num_trained, workers, "ddp", 0).peak()
-    held = f"weights, gradients and moments take {whole / 2**30:.2g} GiB whole"
+
+    def held_by(name: EngineName, stage: ZeroStage) -> int:
+        accumulates = config.gradient_accumulation_steps > 1
+        state = state_of(
+            num_parameters,
+            num_trained,
+            config.num_workers,
+            name,
+            stage,
+            accumulates=accumulates,
+        )
+        return state.peak()
+
+    whole = held_by("ddp", 0)
+    told = f"weights, gradients and moments take {whole / 2**30:.2g} GiB whole"
     if whole <= room:
-        return EngineChoice("ddp", 0, f"{held}, less than half of {memory_bytes / 2**30:.3g} GiB")
+        return EngineChoice("ddp", 0, f"{told}, less than half of {memory_bytes / 2**30:.3g} GiB")
     stages: tuple[ZeroStage, ...] = (1, 2, 3)
-    fitting = (
-        stage
-        for stage in stages
-        if state_of(num_parameters, num_trained, workers, "deepspeed", stage).peak() <= room
-    )
-    stage = next(fitting, stages[-1])
-    shared = state_of(num_parameters, num_trained, workers, "deepspeed", stage).peak() / 2**30
+    stage = next((one for one in stages if held_by("deepspeed", one) <= room), stages[-1])
     return EngineChoice(
         "deepspeed",
         stage,
-        f"{held}, more than half of {memory_bytes / 2**30:.3g} GiB; shared by {workers} workers "
-        f"under ZeRO-{stage} {shared:.2g} GiB",
+        f"{told}, more than half of {memory_bytes / 2**30:.3g} GiB; shared by "
+        f"{config.num_workers} workers under ZeRO-{stage} "
+        f"{held_by('deepspeed', stage) / 2**30:.2g} GiB",
     )
