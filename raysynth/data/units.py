@@ -120,10 +120,7 @@ def _run(
         ended = dataset.map(
             _Actor,  # type: ignore[arg-type]  # Ray's types know no callable classes here
             fn_constructor_args=(fork, write),
-            # One unit at a time: else the first actor to be there takes those of others.
-            compute=ray.data.ActorPoolStrategy(
-                size=min(num_actors, len(rows)), max_tasks_in_flight_per_actor=1
-            ),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(rows))),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
         )
