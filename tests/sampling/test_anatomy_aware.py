@@ -162,7 +162,7 @@ def test_the_background_has_the_noise_of_every_step(
 ) -> None:
     """Its mean is alpha x, its variance sigma^2, and solvers keep one noise all the way."""
     drawer = sampler_of(bundles[kind], sampler)
-    engine, space = drawer._engine(1.0), drawer.bundle.space
+    engine, space = drawer.engine(1.0), drawer.bundle.space
     labels = layout()
     one = planned(labels, layout_hole(labels, ("lung", "nodule")))
     known, keep = space.known(collate([one.condition], SIZE, 3), feather_px=2)
