@@ -229,10 +229,8 @@ def plan(
         print(f"{made.recipe} on {made.hardware}: {cluster.num_gpus} x {cluster.gpu}")
         for name, part in made.parts.items():
             print(f"{name}, held up by {part.bottleneck}")
-            for one in part.figures:
-                print(f"  {one.name:16} {one.text:>12}  {one.basis}")
-            for what, share in part.shares.items():
-                print(f"  {'':16} {share:>12.1%}  {what}")
+            for line in part.lines():
+                print(line)
         for line in made.advice:
             print(f"advice: {line}")
     if not made.fits:

@@ -73,10 +73,8 @@ def main(arguments: list[str]) -> int:
     made = plan(config, hardware, autoencoder)
     for name, part in made.parts.items():
         print(f"{name}, held up by {part.bottleneck}")
-        for one in part.figures:
-            print(f"  {one.name:16} {one.text:>12}  {one.basis}")
-        for what, share in part.shares.items():
-            print(f"  {'':16} {share:>12.1%}  {what}")
+        for line in part.lines():
+            print(line)
     for text in made.advice:
         print(f"advice: {text}")
     training, drawing = made.parts["training"], made.parts["drawing"]

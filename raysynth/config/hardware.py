@@ -60,11 +60,6 @@ class Hardware(Section):
     dollars_per_1000_puts: float = Field(0.005, ge=0)
     dollars_per_tb_month: float = Field(23.0, ge=0)
 
-    @property
-    def num_nodes(self) -> int:
-        """Nodes that hold all GPUs."""
-        return -(-self.num_gpus // self.gpus_per_node)
-
 
 def load_hardware(path: Path | str) -> Hardware:
     """Reads the description of a cluster, such as `cluster/hardware/h100_1000.yaml`.

@@ -96,6 +96,11 @@ class TrainingConfig(Section):
         return self.global_batch_size // self.num_workers
 
     @property
+    def forward_batch_size(self) -> int:
+        """Samples per forward pass of one worker."""
+        return self.micro_batch_size or self.local_batch_size
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Forward passes of one worker per optimizer step."""
-        return self.local_batch_size // (self.micro_batch_size or self.local_batch_size)
+        return self.local_batch_size // self.forward_batch_size

@@ -17,24 +17,23 @@ import numpy as np
 import torch
 
 from raysynth.condition import Condition
-from raysynth.config import Diffusion, ExperimentConfig, Gan, OfLatents
+from raysynth.config import Diffusion, ExperimentConfig, Gan
 from raysynth.config.hardware import Hardware
 from raysynth.config.model import AutoencoderConfig
 from raysynth.diffusion.schedule import NoiseSchedule
 from raysynth.errors import InputError
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.conditioner import collate
-from raysynth.models.space import LatentSpace
 from raysynth.sampling.adherence import NODULE_LUNG_LABELS, count_unrequested, find_nodule
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
 from raysynth.sampling.footprint import DrawingFootprint, drawing_footprint
-from raysynth.training.build import fresh_network, objective_of
+from raysynth.training.build import fresh_network
 from raysynth.training.fitting import check_fits
 from raysynth.training.footprint import (
     Footprint,
+    bare_objective,
     example_batch,
     latent_shape,
-    training_footprint,
 )
 
 PROBE_BYTES = 2**26
@@ -73,8 +72,7 @@ def measure_here(config: ExperimentConfig, autoencoder: AutoencoderConfig | None
     else:
         processes, name = max(workers, actors), f"CPU, {training.threads_per_worker} threads"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
-    check_fits(config, autoencoder, memory)
-    footprint = training_footprint(config, autoencoder)
+    footprint = check_fits(config, autoencoder, memory).footprint
     trained = _in_processes(_train, workers, config, autoencoder, footprint)
     drawing = drawing_footprint(config, autoencoder)
     drawn = {} if drawing is None else _in_processes(_draw, actors, config, autoencoder, drawing)
@@ -158,15 +156,11 @@ def _train(
     torch.set_num_threads(training.threads_per_worker)
     half = training.precision == "bf16"
     peak = _gemm_flops(device, torch.bfloat16 if half else torch.float32)
-    micro_batch = training.local_batch_size // training.gradient_accumulation_steps
+    micro_batch = training.forward_batch_size
     _check_patience(footprint.flops * micro_batch, peak)
     shape = latent_shape(config, autoencoder)
-    space = None
-    if isinstance(config.model, OfLatents):
-        assert autoencoder is not None
-        decoder = build_autoencoder(autoencoder, len(config.samples.shape))
-        space = LatentSpace(decoder, 1.0, autoencoder.window_hu)
-    objective = objective_of(config, fresh_network(config, shape).to(device), space)
+    objective = bare_objective(config, autoencoder)
+    objective.module.to(device)
     batch = example_batch(config, micro_batch, shape)
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,13 @@ class Part:
 
     def __getitem__(self, name: str) -> float:
         return next(one.value for one in self.figures if one.name == name)
+
+    def lines(self) -> Iterator[str]:
+        """For people: a line for each figure, and for each share of the time."""
+        for one in self.figures:
+            yield f"  {one.name:16} {one.text:>12}  {one.basis}"
+        for what, share in self.shares.items():
+            yield f"  {'':16} {share:>12.1%}  {what}"
 
 
 @dataclass(frozen=True)
@@ -206,8 +214,7 @@ def plan_training(
         "saving checkpoints": outcome.saving_s / whole,
         "failures": outcome.lost_s / whole,
     }
-    state, micro_batch = need.state, training.local_batch_size
-    micro_batch //= training.gradient_accumulation_steps
+    state, micro_batch = need.state, training.forward_batch_size
     figures = [
         Figure(
             "memory",

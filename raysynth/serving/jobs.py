@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raysynth.serving.schemas import State
+from raysynth.training.checkpoints import sync_folder
 
 JOB_ID = re.compile(r"[0-9a-f]{32}")
 UNFINISHED: tuple[State, ...] = ("waiting", "drawing")
@@ -125,8 +126,4 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

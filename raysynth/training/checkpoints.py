@@ -78,15 +78,15 @@ class CheckpointFolder:
         manifest: dict[str, Any] = {"state": state, "files": dict(files)}
         manifest["digest"] = fingerprint(manifest)
         write_synced(staged / MANIFEST, json.dumps(manifest, indent=1))
-        _sync(staged)
+        sync_folder(staged)
         if path.exists():  # a run that fell back behind a damaged checkpoint reaches it again
             shutil.rmtree(path)
         staged.rename(path)
-        _sync(self.root)
+        sync_folder(self.root)
         pointer = self.root / f"{STAGING_PREFIX}{POINTER}"
         write_synced(pointer, path.name)
         pointer.rename(self.root / POINTER)
-        _sync(self.root)
+        sync_folder(self.root)
         # Later ones were damaged, or this run would have started from them.
         later = [other for other in self._newest_first() if other.name > path.name]
         for old in [*later, *self._newest_first()[len(later) :][self.keep :]]:
@@ -153,7 +153,8 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Returns when the folder's entries are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

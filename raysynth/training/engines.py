@@ -411,9 +411,8 @@ def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 def deepspeed_config(config: TrainingConfig, zero_stage: ZeroStage) -> dict[str, Any]:
     """DeepSpeed's configuration of a recipe."""
-    micro_batch_size = config.local_batch_size // config.gradient_accumulation_steps
     return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.forward_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": {

@@ -62,8 +62,7 @@ def _need(config: ExperimentConfig, footprint: Footprint, memory_bytes: float) -
     state = state_of(
         *counts, training.num_workers, engine.name, engine.zero_stage, accumulates=parts > 1
     )
-    micro_batch = training.local_batch_size // parts
-    return Need(engine, state, footprint.activation_bytes(micro_batch), footprint)
+    return Need(engine, state, footprint.activation_bytes(training.forward_batch_size), footprint)
 
 
 def what_fits(
@@ -88,15 +87,15 @@ def what_fits(
 
 def check_fits(
     config: ExperimentConfig, autoencoder: AutoencoderConfig | None, memory_bytes: float
-) -> None:
-    """Refuses a recipe whose training step does not fit, before anything is computed.
+) -> Need:
+    """What a recipe's training step needs; one that does not fit is refused.
 
     Raises:
         InputError: says what it needs, and what would fit.
     """
     need = need_of(config, autoencoder, memory_bytes)
     if need.total <= memory_bytes:
-        return
+        return need
     changes = what_fits(config, autoencoder, memory_bytes)
     advice = "take GPUs with more memory, or more of them under training.engine deepspeed"
     if changes:
@@ -133,7 +132,7 @@ def _alternatives(
 def _cheaper_batches(config: ExperimentConfig) -> Iterator[dict[str, Any]]:
     """Changes that leave the result as it is, none first."""
     training = config.training
-    micro_batch = training.local_batch_size // training.gradient_accumulation_steps
+    micro_batch = training.forward_batch_size
     fewer = [n for n in range(micro_batch - 1, 0, -1) if training.local_batch_size % n == 0]
     smaller: list[dict[str, Any]] = [{}, *({"training.micro_batch_size": n} for n in fewer)]
     yield from smaller

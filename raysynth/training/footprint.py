@@ -15,7 +15,7 @@ from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.counting import Count, Hollow
 from raysynth.models.space import LatentSpace
 from raysynth.training.build import fresh_network, objective_of
-from raysynth.training.objectives import Batch
+from raysynth.training.objectives import Batch, Objective
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,17 @@ def latent_shape(
     return autoencoder.latent_channels, *(size // autoencoder.downsampling for size in shape)
 
 
+def bare_objective(config: ExperimentConfig, autoencoder: AutoencoderConfig | None) -> Objective:
+    """A recipe's objective around fresh networks: no store, bundle or folder is looked at."""
+    space = None
+    if isinstance(config.model, OfLatents):
+        assert autoencoder is not None
+        decoder = build_autoencoder(autoencoder, len(config.samples.shape))
+        space = LatentSpace(decoder, 1.0, autoencoder.window_hu)
+    network = fresh_network(config, latent_shape(config, autoencoder))
+    return objective_of(config, network, space)
+
+
 def training_footprint(
     config: ExperimentConfig, autoencoder: AutoencoderConfig | None = None
 ) -> Footprint:
@@ -65,17 +76,7 @@ def training_footprint(
     hollow = Hollow()
     least = 2 if isinstance(config.model, ExtractorConfig) else 1  # it looks at their spread
     shape = latent_shape(config, autoencoder)
-
-    def build() -> Any:
-        space = None
-        if isinstance(config.model, OfLatents):
-            assert autoencoder is not None
-            dims = len(config.samples.shape)
-            decoder = build_autoencoder(autoencoder, dims)
-            space = LatentSpace(decoder, 1.0, autoencoder.window_hu)
-        return objective_of(config, fresh_network(config, shape), space)
-
-    objective = hollow.build(build)
+    objective = hollow.build(lambda: bare_objective(config, autoencoder))
     counts = [_count(config, objective, hollow, shape, n) for n in (least, 2 * least)]
     small, large = counts
     sample_bytes = (large.peak_bytes - small.peak_bytes) // least
