@@ -10,12 +10,15 @@ READY = $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/raysynth demo $(if $(LIDC),--lidc "$(LIDC)")
 
+# Two processes: much of a test is waiting for others to start.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The slow tests: faults, every tiny recipe, several processes.
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .

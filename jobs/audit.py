@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.audit jobs/recipes/lidc_attribu
 
 import sys
 
-from raysynth.cli import main
+from raysynth.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["audit", *sys.argv[1:]]))
+    run(["audit", *sys.argv[1:]])

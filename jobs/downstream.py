@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.downstream jobs/recipes/phantom
 
 import sys
 
-from raysynth.cli import main
+from raysynth.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["downstream", *sys.argv[1:]]))
+    run(["downstream", *sys.argv[1:]])

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.evaluate jobs/recipes/phantom_d
 
 import sys
 
-from raysynth.cli import main
+from raysynth.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    run(["evaluate", *sys.argv[1:]])

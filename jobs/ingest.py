@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.ingest jobs/recipes/phantom_dem
 
 import sys
 
-from raysynth.cli import main
+from raysynth.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["ingest", *sys.argv[1:]]))
+    run(["ingest", *sys.argv[1:]])

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.train jobs/recipes/phantom_demo
 
 import sys
 
-from raysynth.cli import main
+from raysynth.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run(["train", *sys.argv[1:]])

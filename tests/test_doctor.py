@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def test_a_sound_cluster_is_fine_until_a_node_sees_another_folder(tmp_path: Path
             stderr=subprocess.DEVNULL,
         )
         try:
+            time.sleep(10)  # it is cheaper to wait for it than to examine in vain
             for _ in range(5):
                 code, found = examined(head.gcs, work_dir, ENVIRONMENT)
                 if found["nodes"]["found"].startswith("3 "):

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "0" * 64,
+    "RAY_health_check_period_ms": "1000",  # a lost node is noticed after five times this
     # `python` of a job is the cluster's, as on any node.
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
 }

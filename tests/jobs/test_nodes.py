@@ -29,6 +29,7 @@ SETTINGS = (
     "sampling.num_samples=192",
     "evaluation.controls=false",
     "evaluation.num_pairs=0",
+    "evaluation.num_bootstrap=10",
 )
 TWO_NODES = ("training.num_workers=2", "training.min_workers=1", "sampling.num_actors=2")
 
@@ -73,7 +74,7 @@ def test_a_node_dies_in_every_job_and_nothing_is_lost(head: Head, tmp_path: Path
     assert _volumes(work_dir) == _volumes(alone)
     assert validate(work_dir / "store", full=True) == []
 
-    stages.shard(load_recipe(RECIPE, [*SETTINGS, f"work_dir={work_dir}"]))
+    submit(head, "shard", work_dir)
     run_and_kill(head, "train", work_dir, after=160)
     curves = [
         [point["loss"] for point in read_history(one / "logs" / config.name / HISTORY_FILE)]
@@ -91,6 +92,27 @@ def test_a_node_dies_in_every_job_and_nothing_is_lost(head: Head, tmp_path: Path
     assert drawn.count == 192
     assert np.array_equal(drawn.read("hu"), undisturbed.read("hu"))
     assert validate(work_dir / "store", full=True) == []
+
+    submit(head, "evaluate", work_dir)
+    judged = json.loads((work_dir / "evaluation" / f"{config.name}.json").read_text())
+    assert judged["samples"]["synthetic"] == 192
+    assert (work_dir / "evaluation" / f"{config.name}.html").stat().st_size > 10_000
+
+
+def test_a_refused_job_ends_with_its_reason(head: Head, tmp_path: Path) -> None:
+    job = head.submit("python", "-m", "jobs.shard", RECIPE, f"--set=work_dir={tmp_path}/nowhere")
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 1
+    assert "raysynth: " in said
+    assert "nowhere" in said
+
+
+def submit(head: Head, verb: str, work_dir: Path) -> None:
+    """A job that nothing happens to."""
+    settings = [f"--set={one}" for one in (*SETTINGS, f"work_dir={work_dir}")]
+    job = head.submit("python", "-m", f"jobs.{verb}", RECIPE, *settings)
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
 
 
 def _volumes(work_dir: Path) -> dict[str, int]:

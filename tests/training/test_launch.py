@@ -204,6 +204,7 @@ def test_two_workers_equal_one_even_if_one_is_killed(
     assert [point["loss"] for point in points] == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_deepspeed_equals_one_worker(trained: Path, local_ray: None, alone: list[float]) -> None:
     settings = {"num_workers": 2, "engine": "deepspeed", "zero_stage": 2}
