@@ -189,13 +189,29 @@ def serve(
 def token(
     recipe: Recipe,
     owner: Annotated[str, typer.Option(help="Who will use it; an old token of theirs ends.")],
+    scope: Annotated[
+        list[str] | None, typer.Option(help="draw, batch or metrics; repeat it. None: all.")
+    ] = None,
+    requests_per_minute: Annotated[int, typer.Option(min=1)] = 6000,
+    max_unfinished: Annotated[int, typer.Option(min=1, help="Samples under way at a time.")] = 256,
+    voxels_per_hour: Annotated[int, typer.Option(min=1)] = 100_000_000_000,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Make a token for the service of a recipe; it is told this once."""
     from raysynth.config import load_recipe
-    from raysynth.serving.tokens import FOLDER, add_token
+    from raysynth.errors import InputError
+    from raysynth.serving.tokens import FOLDER, SCOPES, Grant, add_token
 
-    print(add_token(load_recipe(recipe, overrides).work_dir / FOLDER, owner))
+    scopes = tuple(scope or SCOPES)
+    if unknown := sorted(set(scopes) - set(SCOPES)):
+        raise InputError(f"--scope {unknown[0]}: give {', '.join(SCOPES)}")
+    grant = Grant(
+        scopes=scopes,
+        requests_per_minute=requests_per_minute,
+        max_unfinished=max_unfinished,
+        voxels_per_hour=voxels_per_hour,
+    )
+    print(add_token(load_recipe(recipe, overrides).work_dir / FOLDER, owner, grant))
 
 
 @app.command()

@@ -26,13 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
+from jobs.benchmarks.random_bundle import make_bundle, slices_recipe
 from jobs.benchmarks.ratios import facts_of_run
 from raysynth import stages
-from raysynth.config import ExperimentConfig, SemanticDiffusionConfig, load_recipe
-from raysynth.models.bundle import save_bundle
-from raysynth.models.denoiser import build_denoiser
-from raysynth.models.facts import BundleFacts
+from raysynth.config import ExperimentConfig
 from raysynth.sampling.batch import plan_run_samples
 from raysynth.sampling.draw import BundleSampler
 from raysynth.store.reader import SampleSet, open_group
@@ -40,25 +39,6 @@ from raysynth.store.repository import open_root
 from raysynth.store.validate import validate
 
 AT_MOST = 1.03
-RECIPE = """
-work_dir: {folder}
-data:
-  source: {{kind: phantom, num_patients: 4, spacing_mm: [4.0, 2.8, 2.8]}}
-  samples: {{kind: slices, name: slices, size: 64, field_of_view_mm: 320}}
-model:
-  family: semantic_diffusion
-  layout_channels: 16
-  channels: [24, 48]
-  attention_levels: [false, false]
-  num_res_blocks: 1
-  num_head_channels: 8
-  norm_num_groups: 8
-sampling:
-  num_samples: {samples}
-  num_inference_steps: 8
-  batch_size: 8
-evaluation: {{controls: false}}
-"""
 
 
 def main(arguments: list[str]) -> int:
@@ -70,12 +50,15 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     facts = facts_of_run("torch", "ray") | {"samples": options.samples}
     with tempfile.TemporaryDirectory() as folder:
+        config = slices_recipe(
+            Path(folder), 64, num_samples=options.samples, num_inference_steps=8, batch_size=8
+        )
         recipe = Path(folder) / "batch_job.yaml"
-        recipe.write_text(RECIPE.format(folder=folder, samples=options.samples))
-        config = load_recipe(recipe)
+        recipe.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
         stages.ingest(config)
         stages.shard(config)
-        _make_bundle(config)
+        for name in ("one_shard", "whole", "killed"):
+            make_bundle(config, Path(folder) / "bundles" / name)
         loop_s = _loop(config, Path(folder) / "loop")
         one_shard = _run(recipe, "one_shard", ["sampling.num_samples=64"])
         whole = _run(recipe, "whole", [])
@@ -95,28 +78,6 @@ def main(arguments: list[str]) -> int:
     figures = {"loop_s": loop_s, "ours_s": ours_s, "ratio": ratio, "faults": faults}
     print(json.dumps(facts | figures))
     return int(missed)
-
-
-def _make_bundle(config: ExperimentConfig) -> None:
-    assert isinstance(config.model, SemanticDiffusionConfig)
-    torch.manual_seed(0)
-    facts = BundleFacts(
-        model=config.model,
-        samples=config.data.samples,
-        intensity="hu",
-        sources=("phantom",),
-        snapshot="none",
-        patients={"train": 3, "val": 0, "test": 1},
-        indicative=True,
-        seen_samples=0,
-    )
-    denoiser = build_denoiser(config.model, 1, config.samples.size)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():  # a fresh one ends in zeros: it would hear nothing
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    for name in ("one_shard", "whole", "killed"):
-        path = config.work_dir / "bundles" / name
-        save_bundle(path, facts, denoiser=denoiser.state_dict())
 
 
 def _loop(config: ExperimentConfig, folder: Path) -> float:

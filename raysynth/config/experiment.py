@@ -162,6 +162,9 @@ class ExperimentConfig(Section):
             model = model.model_copy(update={"pretrained": _absolute(model.pretrained)})
         split_list = self.data.split_list and _absolute(self.data.split_list)
         data = {"source": source, "split_list": split_list}
+        served = self.serving.model_copy(
+            update={"bundles": tuple(map(_absolute, self.serving.bundles))}
+        )
         store = self.store
         if store is not None and "://" not in store:
             store = str(_absolute(Path(store)))
@@ -176,6 +179,7 @@ class ExperimentConfig(Section):
                 "data": self.data.model_copy(update=data),
                 "model": model,
                 "evaluation": evaluation,
+                "serving": served,
             }
         )
 
@@ -191,6 +195,7 @@ class ExperimentConfig(Section):
             "data": {"source": {"path", "annotations", "lungs", "labels"}, "split_list": True},
             "model": {"autoencoder", "pretrained", "network", "networks"},
             "evaluation": {"extractor_weights": True, "lpips": {"backbone", "heads"}},
+            "serving": {"bundles"},
         }
         shared = self.model_dump(mode="json", exclude=local)
         shared["evaluation"]["extractors"] = [

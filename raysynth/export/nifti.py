@@ -115,16 +115,31 @@ def _claim(folder: Path, run: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write_image(
-    path: Path, pixels: NDArray[Any], spacing_mm: tuple[float, float], is_mixed: bool
-) -> None:
-    """A volume, or a plane as one, in LPS as samples are; NIfTI counts x and y the other way."""
+def nifti_image(
+    pixels: NDArray[Any], spacing_mm: tuple[float, float], is_mixed: bool
+) -> nibabel.Nifti1Image:
+    """A sample as NIfTI, marked as synthetic.
+
+    A volume, or a plane as one, in LPS as samples are; NIfTI counts x and y the other way.
+
+    Args:
+        pixels: (z, y, x) or (y, x).
+        spacing_mm: between planes, and of a pixel.
+        is_mixed: whether some are copied from a real scan.
+    """
     depth_mm, pixel_mm = spacing_mm
     affine = np.diag([-pixel_mm, -pixel_mm, depth_mm, 1.0])
     volume = pixels if pixels.ndim == 3 else pixels[None]
     image = nibabel.Nifti1Image(volume.T, affine)  # type: ignore[no-untyped-call]
     image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
     image.header["descrip"] = WITH_REAL_PIXELS if is_mixed else DESCRIPTION
+    return image
+
+
+def _write_image(
+    path: Path, pixels: NDArray[Any], spacing_mm: tuple[float, float], is_mixed: bool
+) -> None:
+    image = nifti_image(pixels, spacing_mm, is_mixed)
     part = path.with_name(f".{path.name}")  # its ending says that it is to be packed
     nibabel.save(image, part)
     os.replace(part, path)

@@ -71,6 +71,20 @@ def read_nifti(path: Path) -> Image:
     return Image(values, *grid)
 
 
+def nifti_shape(path: Path) -> tuple[int, int, int]:
+    """The shape (z, y, x) that a file's header tells of, without its values.
+
+    Raises:
+        UnreadableCase: the file breaks a rule.
+        OSError: it cannot be read.
+    """
+    with open_file(path) as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        header, order = _read_header(Stream(file, 31 if is_packed else None))
+        return check_shape(_sizes(header), _stored_type(header, order))
+
+
 def _read_header(stream: Stream) -> tuple[_Header, str]:
     """The fixed header and its byte order; leaves the stream where the values start."""
     start = stream.read(4)

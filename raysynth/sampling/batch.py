@@ -97,8 +97,8 @@ def synthesize(config: ExperimentConfig, watch: Watch | None = None) -> Synthesi
             name that was drawn from another plan.
     """
     started = time.monotonic()
-    samples = _sample_set(config)
-    digest = _bundle_digest(config, samples)
+    samples = sample_set_of(config)
+    digest = fitting_digest(config, samples)
     drawn, snapshot = 0, main_snapshot(config.store_url)
     if runs := _missing(config, samples, digest):
         drawn, snapshot = _write(config, samples, digest, runs, watch)
@@ -119,8 +119,8 @@ def plan_mark(config: ExperimentConfig) -> str:
     Raises:
         InputError: no bundle, no sample set, or one that does not fit the other.
     """
-    samples = _sample_set(config)
-    return _fingerprint(config, samples, _bundle_digest(config, samples))
+    samples = sample_set_of(config)
+    return _fingerprint(config, samples, fitting_digest(config, samples))
 
 
 Plan = list[tuple[PlannedSample, PlannedSample]]
@@ -225,9 +225,9 @@ def _write(
     mark = fingerprint([[run.name, run.mark] for run in runs])
     with StoreRun(config.store_url, verb="synthesize", fingerprint=mark) as writing:
         if writing.is_new:
-            attributes = _attributes(config, samples, digest)
+            attributes = run_attributes(config, samples, digest)
             writing.declare(
-                lambda root: _declare(root, runs, samples, attributes), f"{names} planned"
+                lambda root: declare_runs(root, runs, samples, attributes), f"{names} planned"
             )
         show = watch.show if watch else None
         means = None
@@ -301,30 +301,11 @@ class _Drawer:
             for image, one in zip(hu, asked, strict=True):
                 paste_known(image, one.condition)
             measured, draws = self.sampler.measure(hu, asked), np.ones(len(asked), np.uint8)
-        found = np.array([one.found for one in measured], np.uint8)
-        is_free = np.array([one.condition.box is None for one in asked])
-        diameter_mm = np.array([one.diameter_mm for one in measured], np.float32)
-        contrast_hu = np.array([one.contrast_hu for one in measured], np.float32)
-        layout = np.stack([_layout(one.condition, hu[0].shape) for one in asked])
-        batch_shape = self.sampler.batch_shape(unit.guidance_scale)
-        arrays = {
-            "hu": hu,
-            "layout": layout,
-            "measured": np.stack([_measured(one, hu[0].shape) for one in measured]),
-            "index/batch_shape": np.full(len(asked), batch_shape, np.int16),
-            "index/found": found,
-            "index/draws": draws,
-            "index/unrequested": self.sampler.count_unrequested(hu, layout, asked),
-            "index/accepted": np.where(is_free, np.uint8(1), found),
-            "index/measured_diameter_mm": np.where(found, diameter_mm, np.float32(np.nan)),
-            "index/measured_contrast_hu": np.where(found, contrast_hu, np.float32(np.nan)),
-            "index/copied_fraction": np.array(
-                [_copied(one.condition) for one in asked], np.float32
-            ),
-        }
+        batch_shapes = [self.sampler.batch_shape(unit.guidance_scale)] * len(asked)
+        arrays = drawn_arrays(self.sampler, hu, asked, measured, draws, batch_shapes)
         write_rows(open_group(root, f"synthetic/{unit.run}"), unit.first_row, arrays)
         if self.show is not None and unit.role == "own":
-            self.show(unit.first_row, hu, layout, _boxes(asked, hu.ndim - 1))
+            self.show(unit.first_row, hu, arrays["layout"], _boxes(asked, hu.ndim - 1))
 
     def _completed(
         self, root: zarr.Group, plan: Plan
@@ -348,13 +329,56 @@ class _Drawer:
         return np.stack([self.tissue_means[_layout(one.condition, shape)] for one in drawn])
 
 
-def _sample_set(config: ExperimentConfig) -> SampleSet:
+def drawn_arrays(
+    sampler: BundleSampler,
+    hu: NDArray[np.int16],
+    asked: Sequence[PlannedSample],
+    measured: Sequence[Measurement],
+    draws: NDArray[np.uint8],
+    batch_shapes: Sequence[int],
+) -> dict[str, NDArray[Any]]:
+    """All that a run's group keeps of some of its samples, once they are drawn.
+
+    Args:
+        sampler: measures them.
+        hu: the samples (n, *spatial).
+        asked: what they are recorded as.
+        measured: what was found in them.
+        draws: how often each was drawn.
+        batch_shapes: of the network calls of each.
+    """
+    found = np.array([one.found for one in measured], np.uint8)
+    is_free = np.array([one.condition.box is None for one in asked])
+    diameter_mm = np.array([one.diameter_mm for one in measured], np.float32)
+    contrast_hu = np.array([one.contrast_hu for one in measured], np.float32)
+    layout = np.stack([_layout(one.condition, hu[0].shape) for one in asked])
+    return {
+        "hu": hu,
+        "layout": layout,
+        "measured": np.stack([_measured(one, hu[0].shape) for one in measured]),
+        "index/batch_shape": np.array(batch_shapes, np.int16),
+        "index/found": found,
+        "index/draws": draws,
+        "index/unrequested": sampler.count_unrequested(hu, layout, asked),
+        "index/accepted": np.where(is_free, np.uint8(1), found),
+        "index/measured_diameter_mm": np.where(found, diameter_mm, np.float32(np.nan)),
+        "index/measured_contrast_hu": np.where(found, contrast_hu, np.float32(np.nan)),
+        "index/copied_fraction": np.array([_copied(one.condition) for one in asked], np.float32),
+    }
+
+
+def sample_set_of(config: ExperimentConfig) -> SampleSet:
+    """The sample set that lends a recipe's samples their grid.
+
+    Raises:
+        InputError: there is no such store or set.
+    """
     name = config.samples.name
     root = open_root(config.store_url)
     return SampleSet(open_group(root, f"samples/{name}"))
 
 
-def _bundle_digest(config: ExperimentConfig, samples: SampleSet) -> str:
+def fitting_digest(config: ExperimentConfig, samples: SampleSet) -> str:
     """The digest of the recipe's bundle, which must draw what the sample set holds."""
     facts = read_facts(config.bundle_path)
     if not facts.draws:
@@ -403,7 +427,7 @@ def _is_there(config: ExperimentConfig, name: str, mark: str) -> bool:
     return True
 
 
-def _attributes(config: ExperimentConfig, samples: SampleSet, digest: str) -> dict[str, Any]:
+def run_attributes(config: ExperimentConfig, samples: SampleSet, digest: str) -> dict[str, Any]:
     """What all runs of a synthesis say of themselves."""
     passport = {
         "synthetic": True,
@@ -426,7 +450,7 @@ def _attributes(config: ExperimentConfig, samples: SampleSet, digest: str) -> di
     }
 
 
-def _declare(
+def declare_runs(
     root: zarr.Group, runs: list[Run], samples: SampleSet, attributes: dict[str, Any]
 ) -> None:
     """Makes the runs' groups with everything that is known before drawing."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from raysynth.condition import Condition, check_condition
 from raysynth.config import Diffusion, LayoutGuided, SamplingConfig
+from raysynth.config.sampling import SamplerName
 from raysynth.diffusion.schedule import NoiseSchedule
 from raysynth.errors import InputError
 from raysynth.layout.holes import layout_hole
@@ -78,6 +79,15 @@ class BundleSampler:
     def bundle(self) -> Bundle:
         """The bundle with its networks."""
         return load_bundle(self.bundle_path)
+
+    def with_slots(self, count: int) -> BundleSampler:
+        """The same bundle, its networks shared, at another batch shape."""
+        if count == self.sampling.batch_size:
+            return self
+        sampling = self.sampling.model_copy(update={"batch_size": count})
+        other = BundleSampler(self.bundle_path, sampling, self.seed, self.size)
+        other.bundle = self.bundle
+        return other
 
     def batch_shape(self, guidance_scale: float) -> int:
         """Rows of every network call at that scale, by which a sample is reproducible."""
@@ -205,6 +215,7 @@ class BundleSampler:
         planned: Iterable[PlannedSample],
         guidance_scale: float,
         num_inference_steps: int | None = None,
+        sampler: SamplerName | None = None,
     ) -> list[SampleRequest]:
         """Requests to the engine, checked before anything is loaded.
 
@@ -212,6 +223,7 @@ class BundleSampler:
             planned: what to draw.
             guidance_scale: of all.
             num_inference_steps: of all; None: the sampling settings'.
+            sampler: likewise.
 
         Raises:
             InputError: one makes no sense, or not to this model.
@@ -231,7 +243,7 @@ class BundleSampler:
                     one.sample_id,
                     one.seed,
                     one.condition,
-                    self.sampling.sampler,
+                    sampler or self.sampling.sampler,
                     num_inference_steps or self.sampling.num_inference_steps,
                     guidance_scale,
                 )

@@ -11,15 +11,20 @@ from ray.serve import Application
 
 from raysynth.config import Diffusion, ExperimentConfig, load_recipe
 from raysynth.errors import InputError
+from raysynth.evaluation.stream import open_reference
 from raysynth.models.bundle import read_facts
 from raysynth.serving.gateway import Gateway
-from raysynth.serving.replica import Replica
+from raysynth.serving.metrics import MetricsKeeper
+from raysynth.serving.replica import Replica, served_bundles, service_folder
 from raysynth.serving.tokens import FOLDER, add_token, load_tokens
 from raysynth.session import check_resources, connect
 
 logger = logging.getLogger(__name__)
 
 NAME = "raysynth"
+DRAIN_S = 600
+"""A replica that is told to end finishes what it has, for so long."""
+
 OWNER = "owner"
 """Of the token that is made where there is none yet."""
 
@@ -34,22 +39,35 @@ def build(arguments: dict[str, Any]) -> Application:
 
 
 def application(config: ExperimentConfig) -> Application:
-    """Gateway and replicas of a recipe's bundle.
+    """Gateway, replicas and metrics of a recipe's bundle, and of others beside it.
 
     Raises:
         InputError: there is no bundle, or one that draws in one call or not at all.
     """
     config = config.absolute()
-    facts, serving, sampling = read_facts(config.bundle_path), config.serving, config.sampling
-    if not isinstance(facts.model, Diffusion):
-        raise InputError(
-            f"bundle {config.bundle_path} is a {facts.model.family}: serve a diffusion model"
-        )
+    serving, sampling = config.serving, config.sampling
+    for path in served_bundles(config).values():
+        facts = read_facts(path)
+        if not isinstance(facts.model, Diffusion):
+            raise InputError(f"bundle {path} is a {facts.model.family}: serve a diffusion model")
+    if serving.metrics:
+        open_reference(config)  # says what is missing
     at_once = 2 * sampling.batch_size + serving.max_waiting
+    scaling: dict[str, Any] = {"num_replicas": serving.num_replicas}
+    if serving.max_replicas is not None:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": serving.num_replicas,
+                "max_replicas": serving.max_replicas,
+                # Another one as soon as all slots are taken.
+                "target_ongoing_requests": sampling.batch_size,
+                "upscale_delay_s": 10,
+                "downscale_delay_s": 120,
+            }
+        }
     replica: Any = serve.deployment(
         Replica,
         name="replica",
-        num_replicas=serving.num_replicas,
         # One more than it takes: it refuses by itself, and says why.
         max_ongoing_requests=at_once + 8,
         ray_actor_options={
@@ -57,13 +75,19 @@ def application(config: ExperimentConfig) -> Application:
             "num_gpus": int(sampling.use_gpu),
         },
         health_check_period_s=5,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        **scaling,
     )
-    replicas = replica.bind(config.bundle_path, sampling, config.seed, serving.max_waiting)
+    keeper: Any = serve.deployment(
+        MetricsKeeper, name="metrics", ray_actor_options={"num_cpus": 0.25}
+    )
     gateway: Any = Gateway
+    most = serving.max_replicas or serving.num_replicas
     ingress = gateway.options(
-        max_ongoing_requests=4 * at_once * serving.num_replicas, ray_actor_options={"num_cpus": 0.1}
+        max_ongoing_requests=4 * at_once * most, ray_actor_options={"num_cpus": 0.1}
     )
-    bound: Application = ingress.bind(replicas, config)
+    streams = keeper.bind(config, service_folder(config) / "metrics")
+    bound: Application = ingress.bind(replica.bind(config), streams, config)
     return bound
 
 

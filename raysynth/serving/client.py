@@ -7,7 +7,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,64 @@ class Client:
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         return str(json.loads(self._send("POST", "/v1/jobs", request, headers=headers))["id"])
 
+    def upload(self, array: NDArray[Any]) -> str:
+        """Sends labels, a region or HU ahead; returns the id by which requests name it.
+
+        Raises:
+            Refused: the service says why.
+        """
+        body = _npz(array=array)
+        headers = {"Content-Type": NPZ}
+        return str(json.loads(self._send("POST", "/v1/uploads", body, headers=headers))["id"])
+
+    def batch(
+        self,
+        name: str,
+        requests: Sequence[dict[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+    ) -> str:
+        """Asks for many samples, which land in the recipe's store; returns the job's id.
+
+        Raises:
+            Refused: the service says why.
+        """
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        body = {"name": name, "requests": list(requests)}
+        return str(json.loads(self._send("POST", "/v1/batches", body, headers=headers))["id"])
+
+    def wait(self, job_id: str, wait_s: float = 300.0) -> dict[str, Any]:
+        """Waits for a job's end; its last state."""
+        until = time.monotonic() + wait_s
+        while (job := self.job(job_id))["state"] in ("waiting", "drawing"):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        return job
+
+    def make_metrics(self, name: str, reference: str = "store") -> dict[str, Any]:
+        """Opens a stream of metrics, against the store's test patients or samples that are sent."""
+        found: dict[str, Any] = json.loads(
+            self._send("POST", f"/v1/metrics/{name}?reference={reference}", b"")
+        )
+        return found
+
+    def push(self, name: str, role: str = "synthetic", **arrays: NDArray[Any]) -> int:
+        """Counts samples in a stream: `hu`, and if known `layout`, `box`, and `patient`."""
+        path = f"/v1/metrics/{name}/samples?role={role}"
+        sent = self._send("POST", path, _npz(**arrays), headers={"Content-Type": NPZ})
+        return int(json.loads(sent)["new"])
+
+    def count_run(self, name: str, run: str) -> int:
+        """Counts a run of the store in a stream."""
+        sent = self._send("POST", f"/v1/metrics/{name}/run?run={run}", b"")
+        return int(json.loads(sent)["count"])
+
+    def metrics(self, name: str) -> dict[str, Any]:
+        """FID, KID and MMD of a stream by now."""
+        found: dict[str, Any] = json.loads(self._send("GET", f"/v1/metrics/{name}"))
+        return found
+
     def job(self, job_id: str) -> dict[str, Any]:
         """How far a job is."""
         found: dict[str, Any] = json.loads(self._send("GET", f"/v1/jobs/{job_id}"))
@@ -100,9 +158,7 @@ class Client:
         Raises:
             Refused: it failed, was cancelled, or takes longer.
         """
-        until = time.monotonic() + wait_s
-        while self.job(job_id)["state"] in ("waiting", "drawing") and time.monotonic() < until:
-            time.sleep(0.2)
+        self.wait(job_id, wait_s)
         return _sample(self._send("GET", f"/v1/jobs/{job_id}/result", accept=NPZ))
 
     def events(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -130,8 +186,8 @@ class Client:
         headers: dict[str, str] | None = None,
     ) -> Any:
         told = {"Authorization": f"Bearer {self.token}", "Accept": accept, **(headers or {})}
-        content = None
-        if body is not None:
+        content = body if isinstance(body, bytes) else None
+        if body is not None and content is None:
             content, told["Content-Type"] = json.dumps(body).encode(), "application/json"
         request = urllib.request.Request(self.url + path, content, told, method=method)
         try:
@@ -143,6 +199,12 @@ class Client:
             except ValueError:
                 problem = {"detail": text or error.reason}
             raise Refused(error.code, problem) from None
+
+
+def _npz(**arrays: NDArray[Any]) -> bytes:
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    return packed.getvalue()
 
 
 def _sample(packed: bytes) -> Sample:

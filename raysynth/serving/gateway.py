@@ -4,205 +4,186 @@
 # texts, and what they call stands above.
 
 import asyncio
-import io
+import base64
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import FastAPI, Header, HTTPException, Request, Response, Security
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+import ray
+from fastapi import Header, HTTPException, Path, Query, Request, Response, Security
+from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter, Gauge
 
 from raysynth import __version__
-from raysynth.condition import Condition
-from raysynth.config import Diffusion, ExperimentConfig
+from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
-from raysynth.models.bundle import CARD, bundle_digest, read_facts
+from raysynth.serving.api import make_api
+from raysynth.serving.arrays import (
+    NIFTI,
+    NPZ,
+    PNG,
+    nifti_of,
+    npz_of,
+    of_npz,
+    png_of,
+    read_array,
+    read_arrays,
+)
+from raysynth.serving.dispatch import Dispatcher
 from raysynth.serving.jobs import Job, JobFolder
+from raysynth.serving.landing import check_landing, land
+from raysynth.serving.quotas import Quotas
+from raysynth.serving.replica import Order, service_folder
 from raysynth.serving.runner import Busy
 from raysynth.serving.schemas import (
-    MAX_SEED,
+    BatchIn,
     JobOut,
+    MetricsOut,
     ModelOut,
     Problem,
     SampleIn,
-    condition_from,
-    npz_of,
-    png_of,
+    UploadOut,
 )
-from raysynth.serving.tokens import FOLDER, load_tokens, owner_of
+from raysynth.serving.tokens import Grant, Scope, load_tokens, owner_of
+from raysynth.serving.uploads import UploadFolder
 
-MAX_BODY_BYTES = 4_000_000
-"""Of a request, refused before anything is decoded."""
-
-MAX_TRIES = 5
-"""Of one sample, where replicas are lost."""
-
-RETRY_AFTER_S = 2
-
-PNG, NPZ = "image/png", "application/x-npz"
-
-api = FastAPI(
-    title="raysynth",
-    version="1",
-    summary="Synthetic lung CT. Research only: whatever comes from here shows no patient.",
-)
-
-
-def _problem(status: int, title: str, detail: str, field: str | None = None) -> JSONResponse:
-    content = Problem(title=title, status=status, detail=detail, field=field).model_dump()
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    return JSONResponse(content, status, headers, media_type="application/problem+json")
-
-
-@api.exception_handler(InputError)
-async def _bad_input(request: Request, error: InputError) -> JSONResponse:
-    detail = str(getattr(error, "cause", error))  # a replica's comes wrapped
-    first = detail.split(maxsplit=1)[0].rstrip(":")
-    field = first if first in SampleIn.model_fields else None
-    return _problem(422, "this cannot be drawn", detail, field)
-
-
-@api.exception_handler(Busy)
-async def _busy(request: Request, error: Busy) -> JSONResponse:
-    return _problem(503, "busy", str(error))
-
-
-@api.exception_handler(HTTPException)
-async def _refused(request: Request, error: HTTPException) -> JSONResponse:
-    return _problem(error.status_code, "refused", str(error.detail))
-
-
-@api.exception_handler(RequestValidationError)
-async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
-    return _problem(422, "invalid request", f"{field}: {first['msg']}", field)
-
-
-class BodyLimit:
-    """Refuses large bodies while they come in."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Counts what is received (ASGI)."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        # Ray Serve's headers can be read once.
-        scope = {**scope, "headers": list(scope["headers"])}
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(told) > MAX_BODY_BYTES if told.isdigit() else True:
-            response = _problem(413, "too large", f"give {MAX_BODY_BYTES:,} bytes at most")
-            await response(scope, receive, send)
-            return
-        received = 0
-
-        async def counted() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise HTTPException(413, f"give {MAX_BODY_BYTES:,} bytes at most")
-            return message
-
-        await self.app(scope, counted, send)
-
-
-api.add_middleware(BodyLimit)
+api = make_api()
 
 Problems = dict[int | str, dict[str, Any]]
-REFUSALS: Problems = {code: {"model": Problem} for code in (401, 404, 409, 413, 422, 503)}
-
+REFUSALS: Problems = {
+    code: {"model": Problem} for code in (400, 401, 403, 404, 409, 413, 422, 429, 503)
+}
+PICTURES: Problems = REFUSALS | {200: {"content": {PNG: {}, NPZ: {}, NIFTI: {}}}}
 
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
+IdempotencyKey = Annotated[str | None, Header(max_length=200)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+Name = Annotated[str, Path(pattern=NAME)]
 
+METRICS = {
+    "raysynth_gateway_requests_total": "Requests that were let in, by kind",
+    "raysynth_gateway_unfinished_jobs": "Jobs under way",
+}
+"""What Prometheus sees of the gateway."""
 
-@dataclass(frozen=True)
-class Order:
-    """What a replica is told of a sample."""
-
-    sample_id: str
-    seed: int
-    condition: Condition
-    num_inference_steps: int | None
-    guidance_scale: float | None
+SERVED = "served"
+"""The stream of all that is drawn with the recipe's bundle: the service's own."""
 
 
 @dataclass
 class Progress:
     """Of a job that is being drawn."""
 
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None
     step: int = 0
     num_steps: int = 0
-
-
-async def _closing(news: Any) -> AsyncGenerator[dict[str, Any]]:
-    """What a replica tells; leaving it early gives the sample up there."""
-    is_whole = False
-    try:
-        async for one in news:
-            yield one
-            is_whole = "hu" in one
-    finally:
-        if not is_whole:
-            news.cancel()
-
-
-def _seeded(body: SampleIn) -> SampleIn:
-    """The body with a seed."""
-    if body.seed is not None:
-        return body
-    return body.model_copy(update={"seed": secrets.randbelow(MAX_SEED)})
-
-
-def _hu_of(packed: bytes) -> NDArray[np.int16]:
-    with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
-        hu: NDArray[np.int16] = arrays["hu"]
-        return hu
+    samples_done: int = 0
+    preview: tuple[int, Any] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 def _event(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
+def _wanted(accept: str, default: str) -> str:
+    """The first media type that a client takes and we have."""
+    for media in accept.lower().split(","):
+        name = media.partition(";")[0].strip()
+        if name in (PNG, NPZ, NIFTI):
+            return name
+    return default
+
+
+def _packed(media: str, hu: Any, about: dict[str, Any]) -> Response:
+    """A sample as a client wants it, marked as synthetic."""
+    headers = {
+        "X-Raysynth-Synthetic": "yes",
+        "X-Raysynth-Seed": str(about["seed"]),
+        "X-Raysynth-Bundle": str(about["bundle"]),
+        "X-Raysynth-Batch-Shape": str(about["batch_shape"]),
+    }
+    if media == PNG:
+        content = png_of(hu, about["window_hu"])
+    elif media == NIFTI:
+        spacing_mm = (about["depth_mm"], about["pixel_mm"])
+        content = nifti_of(hu, spacing_mm, has_real_pixels=about["copied_fraction"] > 0)
+    else:
+        content = npz_of(hu, about)
+    return Response(content, media_type=media, headers=headers)
+
+
+def _reason(error: BaseException) -> str:
+    """Why something failed, in one line; a replica's error comes wrapped."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    cause = getattr(error, "cause", error)
+    return (str(cause) or type(cause).__name__).splitlines()[0]
+
+
+@ray.remote(num_cpus=0.25)
+def _land(config: ExperimentConfig, name: str, orders: list[Order], paths: list[Any]) -> str:
+    return land(config, name, orders, paths)
+
+
 @serve.deployment(name="gateway")
 @serve.ingress(api)
 class Gateway:
-    """Checks requests and hands them to replicas; keeps jobs."""
+    """Checks requests and hands them to replicas; keeps jobs and uploads."""
 
-    def __init__(self, replicas: DeploymentHandle[Any], config: ExperimentConfig) -> None:
+    def __init__(
+        self,
+        replicas: DeploymentHandle[Any],
+        keeper: DeploymentHandle[Any],
+        config: ExperimentConfig,
+    ) -> None:
         """Takes up the jobs that an earlier gateway left unfinished."""
-        self.replicas, self.config = replicas.options(stream=True), config
-        self.facts = read_facts(config.bundle_path)
-        self.digest = bundle_digest(config.bundle_path)
-        self.folder = config.work_dir / FOLDER
+        self.config, self.keeper = config, keeper
+        self.dispatcher = Dispatcher(replicas, config)
+        self.folder = service_folder(config)
         self.jobs = JobFolder(self.folder / "jobs", config.serving.keep_results)
+        self.uploads = UploadFolder(self.folder / "uploads", config.serving.keep_results)
+        self.quotas = Quotas()
         self.going: dict[str, Progress] = {}
+        self.room = asyncio.Semaphore(self._most_at_once())
+        self.streaming: set[asyncio.Task[None]] = set()
+        if config.serving.metrics:
+            self._in_background(keeper.create.remote("", SERVED, "store"))
+        requests, unfinished = METRICS
+        self.requests_count = Counter(requests, METRICS[requests], ("kind",))
+        self.unfinished_gauge = Gauge(unfinished, METRICS[unfinished])
         for job in self.jobs.unfinished():
             self._begin(job)
 
-    def _owner(self, bearer: Bearer) -> str:
-        owner = None
-        if (
-            bearer is not None
-        ):  # tokens are read each time: new ones are known, old ones end, at once
-            owner = owner_of(load_tokens(self.folder), bearer.credentials)
+    # Who may ask.
+
+    def _admitted(self, bearer: Bearer, *scopes: Scope) -> tuple[str, Grant]:
+        """The owner of a token that has one of the scopes; counts the request."""
+        owner, grants = None, {}
+        if bearer is not None:
+            # Tokens are read each time: new ones are known, old ones end, at once.
+            grants = load_tokens(self.folder)
+            owner = owner_of(grants, bearer.credentials)
         if owner is None:
-            raise HTTPException(401, "give a token: `Authorization: Bearer ...`")
-        return owner
+            raise HTTPException(
+                401, "give a token: `Authorization: Bearer ...`", {"WWW-Authenticate": "Bearer"}
+            )
+        grant = grants[owner]
+        if not set(scopes) & set(grant.scopes):
+            raise HTTPException(403, f"your token does not have the scope {scopes[0]}")
+        self.quotas.request(owner, grant)
+        self.requests_count.inc(1, {"kind": scopes[0]})
+        return owner, grant
+
+    # What there is.
 
     @api.get("/v1/health")
     async def health(self) -> dict[str, str]:
@@ -212,74 +193,112 @@ class Gateway:
     @api.get("/v1/models", responses=REFUSALS)
     async def models(self, bearer: Bearer = None) -> list[ModelOut]:
         """The models that are served, with their cards."""
-        self._owner(bearer)
-        facts, path = self.facts, self.config.bundle_path
-        return [
-            ModelOut(
-                name=path.name,
-                family=facts.model.family,
-                digest=self.digest,
-                shape=facts.samples.shape,
-                pixel_mm=facts.samples.pixel_mm,
-                window_hu=facts.window_hu,
-                intensity=facts.intensity,
-                card=(path / CARD).read_text(encoding="utf-8"),
-            )
-        ]
+        self._admitted(bearer, "draw")
+        return self.dispatcher.models()
 
     @api.post(
-        "/v1/samples",
-        responses=REFUSALS | {200: {"content": {PNG: {}, NPZ: {}}}},
-        response_class=Response,
+        "/v1/uploads",
+        responses=REFUSALS,
+        status_code=201,
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {
+                    media: {"schema": {"type": "string", "format": "binary"}}
+                    for media in (PNG, NPZ, NIFTI)
+                },
+            }
+        },
     )
+    async def upload(
+        self,
+        request: Request,
+        content_type: Annotated[str, Header()] = "",
+        bearer: Bearer = None,
+    ) -> UploadOut:
+        """Takes an array for later requests: labels, a region, or HU of a reference."""
+        owner, _ = self._admitted(bearer, "draw")
+        packed = await request.body()
+        sent = await asyncio.to_thread(read_array, packed, content_type)
+        in_use = frozenset(
+            str(one.get(part))
+            for job in self.jobs.unfinished()
+            for one in job.requests
+            for part in ("layout", "reference", "region")
+        )
+        upload = await asyncio.to_thread(self.uploads.add, owner, sent, in_use)
+        return UploadOut(id=upload.id, shape=upload.shape, dtype=upload.dtype)
+
+    # Samples and jobs.
+
+    @api.post("/v1/samples", responses=PICTURES, response_class=Response)
     async def sample(
         self,
         body: SampleIn,
         accept: Annotated[str, Header()] = PNG,
         bearer: Bearer = None,
     ) -> Response:
-        """Draws a slice while you wait: a PNG in the model's window, or an NPZ in HU."""
-        self._owner(bearer)
-        if self.facts.spatial_dims != 2:
+        """Draws a slice while you wait: a PNG in the model's window, an NPZ in HU, or a NIfTI."""
+        owner, grant = self._admitted(bearer, "draw")
+        facts = self.dispatcher.facts_of(body)
+        if facts.spatial_dims != 2:
             raise HTTPException(409, "volumes take long: ask for a job at /v1/jobs")
-        order = self._order(secrets.token_hex(16), _seeded(body))
-        hu, batch_shape = await self._drawn(order, lambda step, of: None)
-        told = self._told(order, batch_shape)
-        headers = {
-            "X-Raysynth-Synthetic": "yes",
-            "X-Raysynth-Seed": str(order.seed),
-            "X-Raysynth-Bundle": self.digest,
-            "X-Raysynth-Batch-Shape": str(batch_shape),
-            "Cache-Control": "no-store",
-        }
-        if NPZ in accept:
-            return Response(npz_of(hu, told), media_type=NPZ, headers=headers)
-        return Response(png_of(hu, self.facts.window_hu), media_type=PNG, headers=headers)
+        body = self.dispatcher.seeded(body)
+        order = await self._order(secrets.token_hex(16), owner, body)
+        self.quotas.check_unfinished(owner, grant, 1)
+        self.quotas.draw(owner, grant, int(np.prod(facts.samples.shape)))
+        with self.quotas.unfinished(owner, 1):
+            hu, batch_shape = await self.dispatcher.draw(order)
+        self._stream(order, hu)
+        return _packed(_wanted(accept, PNG), hu, self.dispatcher.about(order, batch_shape))
 
     @api.post("/v1/jobs", status_code=202, responses=REFUSALS)
     async def submit(
-        self,
-        body: SampleIn,
-        idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
-        bearer: Bearer = None,
+        self, body: SampleIn, idempotency_key: IdempotencyKey = None, bearer: Bearer = None
     ) -> JobOut:
         """Accepts a sample to be drawn. What is accepted is on the disk, and is drawn."""
-        owner = self._owner(bearer)
-        seeded = _seeded(body)
-        self._order("check", seeded)
-        if len(self.going) >= self.config.serving.max_waiting * self.config.serving.num_replicas:
-            raise Busy("as many jobs wait as may: try again later")
-        job, is_new = await asyncio.to_thread(
-            self.jobs.add, owner, seeded.model_dump(exclude_none=True), idempotency_key
+        owner, grant = self._admitted(bearer, "draw")
+        body = self.dispatcher.seeded(body)
+        await self._order("check", owner, body)
+        shape = self.dispatcher.facts_of(body).samples.shape
+        content = body.model_dump(exclude_none=True)
+        return await self._accept(
+            owner, grant, "sample", content, idempotency_key, 1, int(np.prod(shape))
         )
-        if is_new:
-            self._begin(job)
-        return self._shown(job)
+
+    @api.post("/v1/batches", status_code=202, responses=REFUSALS)
+    async def batch(
+        self, body: BatchIn, idempotency_key: IdempotencyKey = None, bearer: Bearer = None
+    ) -> JobOut:
+        """Accepts many samples of the recipe's model; they land in its store as one run."""
+        owner, grant = self._admitted(bearer, "batch")
+        if len(body.requests) > self.config.serving.max_batch:
+            raise InputError(
+                f"requests: {len(body.requests)} of them; give {self.config.serving.max_batch} at "
+                "most, and the rest in another batch"
+            )
+        seeded = [self.dispatcher.seeded(one) for one in body.requests]
+        if any(one.model not in (None, self.dispatcher.default) for one in seeded):
+            raise InputError(f"model: a batch is of {self.dispatcher.default} alone")
+        is_known = any(job.key == idempotency_key is not None for job in self.jobs.all_of(owner))
+        if not is_known:
+            await asyncio.to_thread(check_landing, self.config, body.name)
+        for one in seeded:
+            await self._order("check", owner, one)
+        content = {
+            "name": body.name,
+            "requests": [one.model_dump(exclude_none=True) for one in seeded],
+        }
+        voxels = int(np.prod(self.dispatcher.facts[self.dispatcher.default].samples.shape))
+        count = len(seeded)
+        return await self._accept(
+            owner, grant, "batch", content, idempotency_key, count, count * voxels
+        )
 
     @api.get("/v1/jobs", responses=REFUSALS)
     async def list_jobs(self, bearer: Bearer = None) -> list[JobOut]:
         """Your jobs, the newest first."""
-        owner = self._owner(bearer)
+        owner, _ = self._admitted(bearer, "draw", "batch")
         return [self._shown(job) for job in self.jobs.all_of(owner)]
 
     @api.get("/v1/jobs/{job_id}", responses=REFUSALS)
@@ -287,33 +306,25 @@ class Gateway:
         """How far a job is."""
         return self._shown(self._own_job(job_id, bearer))
 
-    @api.get(
-        "/v1/jobs/{job_id}/result",
-        responses=REFUSALS | {200: {"content": {PNG: {}, NPZ: {}}}},
-        response_class=Response,
-    )
+    @api.get("/v1/jobs/{job_id}/result", responses=PICTURES, response_class=Response)
     async def result(
-        self,
-        job_id: str,
-        accept: Annotated[str, Header()] = NPZ,
-        bearer: Bearer = None,
+        self, job_id: str, accept: Annotated[str, Header()] = NPZ, bearer: Bearer = None
     ) -> Response:
-        """What a job has drawn: an NPZ in HU, or a PNG."""
+        """What a job has drawn: an NPZ in HU, a PNG, or a NIfTI."""
         job = self._own_job(job_id, bearer)
         if job.state != "done":
             raise HTTPException(
                 409, f"the job is {job.state}" + (f": {job.error}" * bool(job.error))
             )
-        packed = await asyncio.to_thread(self.jobs.result, job_id)
-        headers = {"X-Raysynth-Synthetic": "yes", "Cache-Control": "no-store"}
-        if PNG in accept and NPZ not in accept:
-            hu = _hu_of(packed)
-            return Response(png_of(hu, self.facts.window_hu), media_type=PNG, headers=headers)
-        return Response(packed, media_type=NPZ, headers=headers)
+        if job.kind == "batch":
+            raise HTTPException(409, f"its samples are in the store: synthetic/{job.body['name']}")
+        packed = await asyncio.to_thread(self.jobs.sample_path(job_id, 0).read_bytes)
+        hu, about = await asyncio.to_thread(of_npz, packed)
+        return await asyncio.to_thread(_packed, _wanted(accept, NPZ), hu, about)
 
     @api.get("/v1/jobs/{job_id}/events", responses=REFUSALS, response_class=StreamingResponse)
     async def events(self, job_id: str, bearer: Bearer = None) -> StreamingResponse:
-        """Server-sent events: `step` while the job is drawn, then its last state."""
+        """Server-sent events: `step`, `preview` if asked for (a PNG in base64), the last state."""
         self._own_job(job_id, bearer)
         return StreamingResponse(self._events(job_id), media_type="text/event-stream")
 
@@ -322,113 +333,261 @@ class Gateway:
         """Gives a job up; one that has ended stays as it is."""
         self._own_job(job_id, bearer)
         job = await asyncio.to_thread(self.jobs.change, job_id, "cancelled")
-        if job_id in self.going:
-            self.going[job_id].task.cancel()
+        if (progress := self.going.get(job_id)) is not None and progress.task is not None:
+            progress.task.cancel()
+        if job.state == "cancelled":
+            await asyncio.to_thread(self.jobs.clear, job_id)
+        return self._shown(job)
+
+    # Running metrics.
+
+    @api.post("/v1/metrics/{name}", responses=REFUSALS)
+    async def make_metrics(
+        self,
+        name: Name,
+        reference: Annotated[Literal["store", "sent"], Query()] = "store",
+        bearer: Bearer = None,
+    ) -> MetricsOut:
+        """Opens a stream, against the store's test patients or real samples that you send."""
+        owner = self._metrics_owner(bearer, name, writes=True)
+        return MetricsOut(**await self.keeper.create.remote(owner, name, reference))
+
+    @api.post(
+        "/v1/metrics/{name}/samples",
+        responses=REFUSALS,
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {NPZ: {"schema": {"type": "string", "format": "binary"}}},
+            }
+        },
+    )
+    async def push_samples(
+        self,
+        request: Request,
+        name: Name,
+        role: Annotated[Literal["real", "synthetic"], Query()] = "synthetic",
+        first_row: Annotated[int | None, Query(ge=0, le=10**9)] = None,
+        bearer: Bearer = None,
+    ) -> dict[str, int]:
+        """Counts samples: an NPZ of `hu`, and if known `layout`, `box`, and `patient` of real ones.
+
+        What is acknowledged is kept; rows that were counted before change nothing.
+        """
+        owner = self._metrics_owner(bearer, name, writes=True)
+        packed = await request.body()
+        arrays = await asyncio.to_thread(
+            read_arrays, packed, {"hu": True, "layout": False, "box": False, "patient": False}
+        )
+        new = await self.keeper.push.remote(owner, name, role, first_row, **arrays)
+        return {"new": new}
+
+    @api.post("/v1/metrics/{name}/run", responses=REFUSALS)
+    async def count_run(
+        self, name: Name, run: Annotated[str, Query(pattern=NAME)], bearer: Bearer = None
+    ) -> dict[str, int]:
+        """Counts a synthetic run of the recipe's store."""
+        owner = self._metrics_owner(bearer, name, writes=True)
+        return {"count": await self.keeper.count_run.remote(owner, name, run)}
+
+    @api.get("/v1/metrics/{name}", responses=REFUSALS)
+    async def metrics(self, name: Name, bearer: Bearer = None) -> MetricsOut:
+        """FID, KID and MMD by now, with intervals and floors."""
+        owner = self._metrics_owner(bearer, name)
+        return MetricsOut(**await self.keeper.read.remote(owner, name))
+
+    @api.get("/v1/metrics/{name}/events", responses=REFUSALS, response_class=StreamingResponse)
+    async def metrics_events(self, name: Name, bearer: Bearer = None) -> StreamingResponse:
+        """Server-sent events: the values whenever samples have come."""
+        owner = self._metrics_owner(bearer, name)
+        first = await self.keeper.read.remote(owner, name)
+        told = self._metrics_events(owner, name, first)
+        return StreamingResponse(told, media_type="text/event-stream")
+
+    # How it is done.
+
+    async def _order(self, sample_id: str, owner: str, body: SampleIn, **watch: Any) -> Order:
+        read_upload = partial(self.uploads.read, owner)
+        return await asyncio.to_thread(self.dispatcher.order, sample_id, body, read_upload, **watch)
+
+    async def _accept(
+        self,
+        owner: str,
+        grant: Grant,
+        kind: Literal["sample", "batch"],
+        content: dict[str, Any],
+        key: str | None,
+        count: int,
+        voxels: int,
+    ) -> JobOut:
+        known = [job for job in self.jobs.all_of(owner) if key is not None and job.key == key]
+        if known:
+            return self._shown(known[0])
+        serving = self.config.serving
+        if len(self.going) >= serving.max_waiting * (serving.max_replicas or serving.num_replicas):
+            raise Busy("as many jobs wait as may: try again later")
+        if kind == "sample":
+            self.quotas.check_unfinished(owner, grant, count)
+        self.quotas.draw(owner, grant, voxels)
+        job, is_new = await asyncio.to_thread(self.jobs.add, owner, kind, content, key)
+        if is_new:
+            self._begin(job)
         return self._shown(job)
 
     def _own_job(self, job_id: str, bearer: Bearer) -> Job:
-        job = self.jobs.of(self._owner(bearer), job_id)
+        owner, _ = self._admitted(bearer, "draw", "batch")
+        job = self.jobs.of(owner, job_id)
         if job is None:
             raise HTTPException(404, "there is no such job of yours")
         return job
 
     def _shown(self, job: Job) -> JobOut:
-        progress = self.going.get(job.id)
-        steps = (progress.step, progress.num_steps) if progress else (0, 0)
-        seed = job.body["seed"]
+        progress, count = self.going.get(job.id) or Progress(), len(job.requests)
+        state = "drawing" if job.state == "waiting" and progress.step else job.state
         return JobOut(
             id=job.id,
-            state=job.state,
-            step=steps[0],
-            num_steps=steps[1],
-            seed=seed,
+            state=state,
+            step=progress.step,
+            num_steps=progress.num_steps,
+            samples_done=count if job.state == "done" else progress.samples_done,
+            num_samples=count,
+            seed=job.body.get("seed"),
+            run=f"synthetic/{job.body['name']}" if job.kind == "batch" else None,
             error=job.error,
         )
 
-    def _order(self, sample_id: str, body: SampleIn) -> Order:
-        """Checked: nothing that is refused reaches a replica."""
-        assert body.seed is not None
-        model, steps = self.facts.model, body.num_inference_steps
-        assert isinstance(model, Diffusion)
-        most = min(self.config.serving.max_steps, model.num_train_timesteps)
-        if steps is not None and steps > most:
-            raise InputError(f"num_inference_steps {steps}: give {most} at most")
-        if body.guidance_scale not in (None, 1) and not model.condition_drop:
-            raise InputError(
-                f"guidance_scale {body.guidance_scale}: this model never learned what no condition "
-                "looks like; leave it out"
-            )
-        condition = condition_from(body, self.facts)
-        return Order(sample_id, body.seed, condition, steps, body.guidance_scale)
-
-    async def _drawn(
-        self, order: Order, on_step: Callable[[int, int], None]
-    ) -> tuple[NDArray[np.int16], int]:
-        """Draws a sample; where a replica is lost another draws it again, from its seed."""
-        for left in reversed(range(MAX_TRIES)):
-            try:
-                news: Any = self.replicas.draw.remote(
-                    order.sample_id,
-                    order.seed,
-                    order.condition,
-                    order.num_inference_steps,
-                    order.guidance_scale,
-                )
-                async with aclosing(_closing(news)) as told:
-                    async for one in told:
-                        if "hu" in one:
-                            return one["hu"], one["batch_shape"]
-                        on_step(one["step"], one["num_steps"])
-            except RayActorError:
-                if not left:
-                    raise
-                await asyncio.sleep(RETRY_AFTER_S)
-        raise Busy("no replica drew this: try again later")
-
-    def _told(self, order: Order, batch_shape: int) -> dict[str, object]:
-        """What a result says of itself."""
-        return {
-            "synthetic": True,
-            "seed": order.seed,
-            "batch_shape": batch_shape,
-            "bundle": self.digest,
-            "pixel_mm": self.facts.samples.pixel_mm,
-            "intensity": self.facts.intensity,
-            "raysynth": __version__,
-        }
+    def _most_at_once(self) -> int:
+        """Samples of batches that are with the replicas: enough to fill them, and few who wait."""
+        serving = self.config.serving
+        replicas = serving.max_replicas or serving.num_replicas
+        return 2 * self.config.sampling.batch_size * replicas
 
     def _begin(self, job: Job) -> None:
-        self.going[job.id] = Progress(asyncio.get_running_loop().create_task(self._draw_job(job)))
+        progress = self.going[job.id] = Progress()
+        progress.task = asyncio.get_running_loop().create_task(self._run_job(job))
+        self.unfinished_gauge.set(len(self.going))
 
-    async def _draw_job(self, job: Job) -> None:
-        def on_step(step: int, num_steps: int) -> None:
-            progress = self.going[job.id]
-            progress.step, progress.num_steps = step, num_steps
-
+    async def _run_job(self, job: Job) -> None:
+        progress = self.going[job.id]
+        count = 1 if job.kind == "sample" else 0  # batches have their own limit
         try:
-            order = self._order(job.id, SampleIn.model_validate(job.body))
-            while True:
-                try:
-                    hu, batch_shape = await self._drawn(order, on_step)
-                    break
-                except Busy:  # it was accepted: it waits
-                    await asyncio.sleep(RETRY_AFTER_S)
-            packed = await asyncio.to_thread(npz_of, hu, self._told(order, batch_shape))
-            await asyncio.to_thread(self.jobs.put_result, job.id, packed)
+            with ExitStack() as stack:
+                stack.enter_context(self.quotas.unfinished(job.owner, count))
+                requests = [SampleIn.model_validate(one) for one in job.requests]
+                if job.kind == "sample":
+                    await self._draw_row(job, 0, requests[0], progress)
+                else:
+                    await self._draw_batch(job, requests, progress)
             await asyncio.to_thread(self.jobs.change, job.id, "done")
         except Exception as error:
-            cause = getattr(error, "cause", error)
-            await asyncio.to_thread(self.jobs.change, job.id, "failed", str(cause).splitlines()[0])
+            await asyncio.to_thread(self.jobs.change, job.id, "failed", _reason(error))
         finally:
             self.going.pop(job.id, None)
+            self.unfinished_gauge.set(len(self.going))
+            progress.changed.set()
+
+    async def _draw_row(self, job: Job, row: int, body: SampleIn, progress: Progress) -> None:
+        """Draws one sample of a job, unless an earlier gateway has."""
+        path = self.jobs.sample_path(job.id, row)
+        if not path.exists():
+            watch: dict[str, Any] = {}
+            if job.kind == "sample":
+                every = self.config.serving.preview_every if body.previews else None
+                watch = {"is_watched": True, "preview_every": every}
+            order = await self._order(f"{job.id}-{row}", job.owner, body, **watch)
+
+            def on_news(told: dict[str, Any]) -> None:
+                progress.step = told["step"]
+                progress.num_steps = told.get("num_steps", progress.num_steps)
+                if "preview" in told:
+                    window_hu = self.dispatcher.facts[order.model].window_hu
+                    progress.preview = (told["step"], png_of(told["preview"], window_hu))
+                progress.changed.set()
+
+            hu, batch_shape = await self.dispatcher.draw_at_last(order, on_news)
+            self._stream(order, hu)
+            about = self.dispatcher.about(order, batch_shape)
+            packed = await asyncio.to_thread(npz_of, hu, about)
+            await asyncio.to_thread(self.jobs.put_sample, job.id, row, packed)
+        progress.samples_done += 1
+        progress.changed.set()
+
+    async def _draw_batch(self, job: Job, requests: list[SampleIn], progress: Progress) -> None:
+        """Draws a batch's samples beside whatever else is asked for, then lets them land."""
+
+        async def draw(row: int, body: SampleIn) -> None:
+            async with self.room:
+                await self._draw_row(job, row, body, progress)
+
+        async with asyncio.TaskGroup() as group:
+            for row, body in enumerate(requests):
+                group.create_task(draw(row, body))
+        orders = [
+            await self._order(f"{job.id}-{row}", job.owner, body)
+            for row, body in enumerate(requests)
+        ]
+        paths = [self.jobs.sample_path(job.id, row) for row in range(len(requests))]
+        await _land.remote(self.config, job.body["name"], orders, paths)
+        await asyncio.to_thread(self.jobs.clear, job.id)
 
     async def _events(self, job_id: str) -> AsyncIterator[str]:
-        last = -1
+        shown: tuple[Any, ...] = ()
+        shown_preview = None
         while (progress := self.going.get(job_id)) is not None:
-            if progress.step != last:
-                last = progress.step
-                yield _event("step", {"step": last, "num_steps": progress.num_steps})
-            await asyncio.sleep(0.1)
+            progress.changed.clear()
+            told = (progress.step, progress.num_steps, progress.samples_done)
+            if told != shown:
+                shown = told
+                names = ("step", "num_steps", "samples_done")
+                yield _event("step", dict(zip(names, told, strict=True)))
+            if progress.preview is not None and progress.preview != shown_preview:
+                step, picture = shown_preview = progress.preview
+                content = base64.b64encode(picture).decode()
+                yield _event("preview", {"step": step, "png": content})
+            await progress.changed.wait()
         job = self.jobs.jobs.get(job_id)
         if job is not None:
             yield _event(job.state, {"error": job.error})
+
+    def _stream(self, order: Order, hu: Any) -> None:
+        """Counts a sample in the service's own stream, and waits for nothing."""
+        if not self.config.serving.metrics or order.model != self.dispatcher.default:
+            return
+
+        layout, none = order.condition.layout, (-1,) * (2 * hu.ndim)
+        arrays = {
+            "hu": hu[None],
+            "layout": None if layout is None else layout[None],
+            "box": np.array([order.condition.box or none], np.int16),
+        }
+        self._in_background(self.keeper.push.remote("", SERVED, "synthetic", None, **arrays))
+
+    def _in_background(self, call: Any) -> None:
+        """Nobody waits for it."""
+
+        async def wait() -> None:
+            await call
+
+        task = asyncio.get_running_loop().create_task(wait())
+        self.streaming.add(task)
+        task.add_done_callback(self.streaming.discard)
+
+    def _metrics_owner(self, bearer: Bearer, name: str, *, writes: bool = False) -> str:
+        """Whose stream is meant: the service's own can be read by all, and written by none."""
+        owner, _ = self._admitted(bearer, "metrics")
+        if name != SERVED:
+            return owner
+        if writes:
+            raise HTTPException(409, f"{SERVED} is the service's own stream: take another name")
+        return ""
+
+    async def _metrics_events(
+        self, owner: str, name: str, values: dict[str, Any]
+    ) -> AsyncIterator[str]:
+        shown = None
+        while True:
+            if values["counts"] != shown:
+                shown = values["counts"]
+                yield _event("metrics", values)
+            await asyncio.sleep(1)
+            values = await self.keeper.read.remote(owner, name)

@@ -6,10 +6,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raysynth.serving.schemas import State
 from raysynth.training.checkpoints import sync_folder
@@ -20,13 +21,14 @@ UNFINISHED: tuple[State, ...] = ("waiting", "drawing")
 
 @dataclass(frozen=True)
 class Job:
-    """One sample that is drawn in the background.
+    """Samples that are drawn in the background.
 
     Attributes:
         id: random; nobody guesses another's.
         owner: whose token asked.
         number: of the job, in the order in which they came.
-        body: the request as it came, with its seed.
+        kind: one sample, or a batch that lands in the store.
+        body: the request as it came, with its seeds.
         state: how far it is.
         error: why it failed.
         key: the client's idempotency key.
@@ -35,14 +37,20 @@ class Job:
     id: str
     owner: str
     number: int
+    kind: Literal["sample", "batch"]
     body: dict[str, Any]
     state: State = "waiting"
     error: str | None = None
     key: str | None = None
 
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """Of its samples."""
+        return list(self.body["requests"]) if self.kind == "batch" else [self.body]
+
 
 class JobFolder:
-    """Jobs as files, one each; their results beside them."""
+    """Jobs as files, one each; what they have drawn beside them."""
 
     def __init__(self, path: Path, keep: int) -> None:
         """Reads what is there.
@@ -58,7 +66,13 @@ class JobFolder:
         jobs = sorted((Job(**one) for one in found), key=lambda job: job.number)
         self.jobs = {job.id: job for job in jobs}
 
-    def add(self, owner: str, body: dict[str, Any], key: str | None = None) -> tuple[Job, bool]:
+    def add(
+        self,
+        owner: str,
+        kind: Literal["sample", "batch"],
+        body: dict[str, Any],
+        key: str | None = None,
+    ) -> tuple[Job, bool]:
         """A new job, durable when this returns; or the one that came with the same key before.
 
         Returns:
@@ -69,7 +83,7 @@ class JobFolder:
                 if key is not None and job.owner == owner and job.key == key:
                     return job, False
             number = max((job.number for job in self.jobs.values()), default=0) + 1
-            job = Job(secrets.token_hex(16), owner, number, body, key=key)
+            job = Job(secrets.token_hex(16), owner, number, kind, body, key=key)
             self._write(job)
             self._make_room()
         return job, True
@@ -96,16 +110,19 @@ class JobFolder:
                 self._write(job)
             return job
 
-    def put_result(self, job_id: str, packed: bytes) -> None:
-        """Writes a result; durable when this returns."""
-        _write_synced(self._result(job_id), packed)
+    def put_sample(self, job_id: str, row: int, packed: bytes) -> None:
+        """Writes a sample of a job; durable when this returns."""
+        path = self.sample_path(job_id, row)
+        path.parent.mkdir(exist_ok=True)
+        _write_synced(path, packed)
 
-    def result(self, job_id: str) -> bytes:
-        """The result of a job that is done."""
-        return self._result(job_id).read_bytes()
+    def sample_path(self, job_id: str, row: int) -> Path:
+        """Where a sample of a job is, once it is drawn."""
+        return self.path / job_id / f"{row:08d}.npz"
 
-    def _result(self, job_id: str) -> Path:
-        return self.path / f"{job_id}.npz"
+    def clear(self, job_id: str) -> None:
+        """Forgets the samples of a job: they have landed elsewhere."""
+        shutil.rmtree(self.path / job_id, ignore_errors=True)
 
     def _write(self, job: Job) -> None:
         _write_synced(self.path / f"{job.id}.json", json.dumps(asdict(job)).encode())
@@ -115,7 +132,7 @@ class JobFolder:
         ended = [job for job in self.jobs.values() if job.state not in UNFINISHED]
         for job in ended[: max(0, len(self.jobs) - self.keep)]:
             del self.jobs[job.id]
-            self._result(job.id).unlink(missing_ok=True)
+            self.clear(job.id)
             (self.path / f"{job.id}.json").unlink()
 
 

@@ -1,28 +1,34 @@
-"""What API v1 takes and gives: JSON bodies, and their way to conditions and pictures."""
+"""What API v1 takes and gives: JSON bodies, and their way to conditions."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import io
-import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
-from imagecodecs import png_check, png_decode, png_encode
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from raysynth.case import CONDITION_ATTRIBUTES
 from raysynth.condition import Condition, check_condition
+from raysynth.config import LayoutGuided
+from raysynth.config.sampling import SamplerName
 from raysynth.errors import InputError
+from raysynth.layout.holes import layout_hole
 from raysynth.models.facts import BundleFacts
+from raysynth.serving.arrays import PNG, Sent, read_array
 
 State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 
 MAX_SEED = 2**63 - 1
-PNG_HEADER_BYTES = 33
-"""Signature and first chunk of a PNG: its size stands there."""
+
+UploadId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+_SPACING_TOLERANCE = 0.01
+"""Share by which a reference's pixels may differ from the model's."""
 
 
 class Strict(BaseModel):
@@ -47,10 +53,17 @@ class SampleIn(Strict):
         }
     )
 
+    model: str | None = Field(None, max_length=200)
+    """Name of a served model; None: the recipe's own."""
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     """The same seed gives the same sample, bit by bit. None: one is drawn, and told."""
+    sampler: SamplerName | None = None
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    previews: bool = False
+    """Of jobs: whether its events show what the sample would be by now."""
+    batch_shape: int | None = Field(None, ge=1, le=128)
+    """Rows of the network calls, as a result tells: bits of a sample are fixed at these."""
     box: Annotated[tuple[int, ...], Field(max_length=6)] | None = None
     """Half-open pixels around the nodule: y0, x0, y1, x1; in volumes z0, y0, x0, z1, y1, x1."""
     attributes: dict[str, Annotated[int, Field(ge=1, le=5)]] = Field(default_factory=dict)
@@ -58,6 +71,20 @@ class SampleIn(Strict):
     prompt: str | None = Field(None, max_length=1000)
     layout_png: str | None = None
     """Of slices: labels as a grey PNG of the sample's size, in base64."""
+    layout: UploadId | None = None
+    """Labels that were uploaded, on the sample's grid."""
+    reference: UploadId | None = None
+    """HU that were uploaded, on the sample's grid: they stay but for the region."""
+    region: UploadId | None = None
+    """What of the reference to draw anew, 0 and 1. None: the layout's organs, or the box."""
+
+
+class BatchIn(Strict):
+    """Many samples that land in the recipe's store as one synthetic run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    """Of the run: it will be `synthetic/NAME`."""
+    requests: Annotated[tuple[SampleIn, ...], Field(min_length=1)]
 
 
 class Problem(BaseModel):
@@ -77,23 +104,60 @@ class ModelOut(BaseModel):
     digest: str
     shape: tuple[int, ...]
     pixel_mm: float
+    depth_mm: float
     window_hu: tuple[float, float]
     intensity: str
     card: str
 
 
+class UploadOut(BaseModel):
+    """An array that was uploaded."""
+
+    id: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class JobOut(BaseModel):
-    """A job: one sample that is drawn in the background."""
+    """A job: samples that are drawn in the background."""
 
     id: str
     state: State
     step: int = 0
     num_steps: int = 0
-    seed: int
+    samples_done: int = 0
+    num_samples: int = 1
+    seed: int | None = None
+    run: str | None = None
+    """Of a batch that is done: the run's place in the store."""
     error: str | None = None
 
 
-def condition_from(body: SampleIn, facts: BundleFacts) -> Condition:
+class LiveValueOut(BaseModel):
+    """A metric by now."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    n_reference: int
+    floor: float | None
+
+
+class MetricsOut(BaseModel):
+    """A stream of metrics by now."""
+
+    name: str
+    reference: Literal["store", "sent"]
+    counts: dict[str, int]
+    metrics: dict[str, LiveValueOut]
+
+
+ReadUpload = Callable[[str, str], Sent]
+"""Gives an upload's array by its id, for a field."""
+
+
+def condition_from(body: SampleIn, facts: BundleFacts, read_upload: ReadUpload) -> Condition:
     """The condition that a body asks for.
 
     Raises:
@@ -107,49 +171,102 @@ def condition_from(body: SampleIn, facts: BundleFacts) -> Condition:
                 f"attributes {', '.join(unknown)}: give {', '.join(CONDITION_ATTRIBUTES)}"
             )
         attributes = tuple(body.attributes.get(name, 0) for name in CONDITION_ATTRIBUTES)
-    layout = None if body.layout_png is None else _layout(body.layout_png, facts.samples.shape)
+    layout = _layout(body, facts, read_upload)
+    # All but what is known, which is found by a layout or box that make sense.
     condition = Condition(layout=layout, box=body.box, attributes=attributes, text=body.prompt)
+    check_condition(condition, facts.samples.size, facts.spatial_dims)
+    if body.reference is None:
+        if body.region is not None:
+            raise InputError("region: give the reference, too, of which it says what to draw anew")
+        return condition
+    known_hu = _reference(read_upload(body.reference, "reference"), facts)
+    hole = _region(body, facts, layout, read_upload)
+    condition = replace(condition, known_hu=known_hu, known_mask=~hole)
     check_condition(condition, facts.samples.size, facts.spatial_dims)
     return condition
 
 
-def _layout(text: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Decodes labels, after a look at how large they are."""
-    if len(shape) != 2:
-        raise InputError("layout_png: this model draws volumes; a PNG has no depth")
+def _layout(
+    body: SampleIn, facts: BundleFacts, read_upload: ReadUpload
+) -> NDArray[np.uint8] | None:
+    shape = facts.samples.shape
+    if body.layout_png is not None:
+        if body.layout is not None:
+            raise InputError("layout: give it, or layout_png, and not both")
+        if len(shape) != 2:
+            raise InputError("layout_png: this model draws volumes; upload a layout")
+        return _labels(_decoded(body.layout_png), "layout_png", shape)
+    if body.layout is not None:
+        return _labels(read_upload(body.layout, "layout").values, "layout", shape)
+    return None
+
+
+def _decoded(text: str) -> NDArray[np.generic]:
     try:
         packed = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError("layout_png: this is no base64") from error
-    if len(packed) < PNG_HEADER_BYTES or not png_check(packed):
-        raise InputError("layout_png: this is no PNG")
-    width, height = (int.from_bytes(packed[at : at + 4], "big") for at in (16, 20))
-    if (height, width) != shape:
-        raise InputError(f"layout_png of {height} x {width} pixels: this model needs {shape}")
     try:
-        labels: NDArray[np.uint8] = png_decode(packed)
-    except Exception as error:  # whatever the decoder finds
-        raise InputError("layout_png: this PNG is damaged") from error
-    if labels.dtype != np.uint8 or labels.shape != shape:
-        raise InputError("layout_png: give grey values of 8 bits, which are the labels")
-    return labels
+        return read_array(packed, PNG).values
+    except InputError as error:
+        raise InputError(f"layout_png: {str(error).partition(': ')[2]}") from error
 
 
-def png_of(hu: NDArray[np.int16], window_hu: tuple[float, float]) -> bytes:
-    """A slice as a grey PNG of 8 bits; of a volume the middle plane.
-
-    Args:
-        hu: the sample.
-        window_hu: HU of black and white.
-    """
-    plane = hu[len(hu) // 2] if hu.ndim == 3 else hu
-    low, high = window_hu
-    grey = (np.clip((plane - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
-    return bytes(png_encode(grey))
+def _labels(values: NDArray[np.generic], field: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    if values.shape != shape:
+        raise InputError(f"{field} of shape {values.shape}: this model needs {shape}")
+    if values.dtype.kind not in "biu" or values.min() < 0 or values.max() > 255:
+        raise InputError(f"{field}: give whole numbers of 0 to 255, which are the labels")
+    return values.astype(np.uint8)
 
 
-def npz_of(hu: NDArray[np.int16], facts: dict[str, object]) -> bytes:
-    """A sample in HU with what is known of it, as NumPy reads it."""
-    packed = io.BytesIO()
-    np.savez_compressed(packed, hu=hu, facts=np.array(json.dumps(facts)))
-    return packed.getvalue()
+def _reference(sent: Sent, facts: BundleFacts) -> NDArray[np.int16]:
+    values, shape = sent.values, facts.samples.shape
+    if values.shape != shape:
+        raise InputError(f"reference of shape {values.shape}: this model needs {shape}")
+    if sent.spacing_mm is not None:
+        own = spacing_of(facts)
+        told = sent.spacing_mm[-len(shape) :]
+        wanted = (own[0], own[1], own[1])[-len(shape) :]
+        if not np.allclose(told, wanted, rtol=_SPACING_TOLERANCE):
+            raise InputError(
+                f"reference with voxels of {', '.join(f'{one:g}' for one in told)} mm: this model "
+                f"needs {', '.join(f'{one:g}' for one in wanted)}; resample it"
+            )
+    limits = np.iinfo(np.int16)
+    finite = np.isfinite(values).all() if values.dtype.kind == "f" else True
+    if not finite or values.min() < limits.min or values.max() > limits.max:
+        raise InputError(f"reference: give HU from {limits.min} to {limits.max}")
+    hu: NDArray[np.int16] = np.rint(values).astype(np.int16)
+    return hu
+
+
+def _region(
+    body: SampleIn,
+    facts: BundleFacts,
+    layout: NDArray[np.uint8] | None,
+    read_upload: ReadUpload,
+) -> NDArray[np.bool_]:
+    """What of a reference is drawn anew."""
+    shape = facts.samples.shape
+    if body.region is not None:
+        values = read_upload(body.region, "region").values
+        if values.shape != shape:
+            raise InputError(f"region of shape {values.shape}: this model needs {shape}")
+        hole: NDArray[np.bool_] = values != 0
+    elif isinstance(facts.model, LayoutGuided) and layout is not None:
+        hole = layout_hole(layout, facts.model.layout_labels)
+    elif body.box is not None:
+        axes = len(shape)
+        hole = np.zeros(shape, np.bool_)
+        hole[tuple(map(slice, body.box[:axes], body.box[axes:]))] = True
+    else:
+        raise InputError("region: say what of the reference to draw anew, or give a box")
+    if not hole.any():
+        raise InputError("region: nothing of the reference is to be drawn anew")
+    return hole
+
+
+def spacing_of(facts: BundleFacts) -> tuple[float, float]:
+    """Between planes, and of a pixel, in mm."""
+    return float(facts.samples.spacing_mm), float(facts.samples.pixel_mm)

@@ -19,6 +19,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from raysynth.config import load_recipe
 from raysynth.progress import METRICS
+from raysynth.serving import gateway
+from raysynth.serving.replica import LEVELS, TOTALS
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -135,9 +137,8 @@ def test_jobs_and_recipes_that_are_named_exist(file: Path) -> None:
 def test_the_dashboard_shows_what_is_exported() -> None:
     board = json.loads((CLUSTER / "grafana.json").read_text())
     asked = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
-    assert {name.removeprefix("ray_") for name in re.findall(r"ray_raysynth_\w+", asked)} == set(
-        METRICS
-    )
+    shown = {name.removeprefix("ray_") for name in re.findall(r"ray_raysynth_\w+", asked)}
+    assert shown == {*METRICS, *LEVELS, *TOTALS, *gateway.METRICS}
 
 
 def test_the_job_runs_the_verbs_in_order() -> None:

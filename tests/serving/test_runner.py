@@ -14,6 +14,7 @@ import pytest
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
+from raysynth.sampling.curve import slots_that_pay
 from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.planner import NO_SOURCE, PlannedSample
 from raysynth.serving.runner import Busy, Runner
@@ -93,7 +94,8 @@ def test_who_gives_up_frees_a_slot_at_once(served: ExperimentConfig) -> None:
     waiting = runner.submit("waiting", 2, box_at(4))
     runner.cancel(waiting)
     runner.close()
-    assert runner.num_unfinished == 0
+    counts = runner.counts
+    assert (counts.waiting, counts.busy, counts.cancelled) == (0, 0, 2)
 
 
 def test_too_many_are_refused_and_none_is_lost(served: ExperimentConfig) -> None:
@@ -130,3 +132,36 @@ def test_bad_requests_are_refused_at_once_and_others_go_on(
         runner.submit(**request)
     assert time.monotonic() - started < 1
     assert runner.submit("good", 0, Condition()).drawn.result(60).ndim == 2
+
+
+def test_a_pinned_batch_shape_gives_the_bits_of_a_run_at_it(
+    served: ExperimentConfig, runner: Runner
+) -> None:
+    planned = PlannedSample("x", 7, box_at(5), NO_SOURCE)
+    for slots in (1, 3):
+        ticket = runner.submit(f"{slots}", 7, box_at(5), batch_shape=slots)
+        expected = sampler_of(served, batch_size=slots).draw([planned])[0]
+        np.testing.assert_array_equal(ticket.drawn.result(60), expected)
+        assert ticket.batch_shape == slots
+
+
+def test_previews_end_in_the_sample(served: ExperimentConfig, runner: Runner) -> None:
+    shown: list[tuple[int, np.ndarray]] = []
+    ticket = runner.submit(
+        "a",
+        0,
+        box_at(3),
+        num_inference_steps=40,
+        on_preview=lambda *one: shown.append(one),
+        preview_every=10,
+    )
+    assert ticket.drawn.result(60).shape == (32, 32)
+    assert shown
+    assert {step % 10 for step, _ in shown} == {0}
+    assert all(picture.dtype == np.int16 for _, picture in shown)
+
+
+def test_slots_follow_from_what_batches_save() -> None:
+    assert slots_that_pay({1: 4.7, 2: 3.3, 4: 2.3, 8: 1.9, 16: 1.8}) == 16
+    assert slots_that_pay({1: 10.5, 2: 8.7, 4: 10.7}) == 2
+    assert slots_that_pay({1: 1.0, 2: 0.97}) == 1

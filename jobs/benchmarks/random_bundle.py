@@ -1,0 +1,70 @@
+"""A bundle of random weights: what it draws shows nothing, but takes the time that it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysynth.config import ExperimentConfig, SemanticDiffusionConfig
+from raysynth.models.bundle import save_bundle
+from raysynth.models.denoiser import build_denoiser
+from raysynth.models.facts import BundleFacts
+
+
+def slices_recipe(folder: Path, size: int, **sampling: Any) -> ExperimentConfig:
+    """A recipe of slices, drawn by a small network of pixels.
+
+    Args:
+        folder: its work_dir.
+        size: pixels along a side.
+        sampling: settings.
+    """
+    return ExperimentConfig.model_validate(
+        {
+            "name": "random",
+            "work_dir": folder,
+            "data": {
+                "source": {"kind": "phantom", "num_patients": 4, "spacing_mm": (4.0, 2.8, 2.8)},
+                "samples": {
+                    "kind": "slices",
+                    "name": "slices",
+                    "size": size,
+                    "field_of_view_mm": 5.0 * size,
+                },
+            },
+            "model": {
+                "family": "semantic_diffusion",
+                "layout_channels": 16,
+                "channels": [24, 48],
+                "attention_levels": [False, False],
+                "num_res_blocks": 1,
+                "num_head_channels": 8,
+                "norm_num_groups": 8,
+            },
+            "sampling": sampling,
+            "evaluation": {"controls": False},
+        }
+    )
+
+
+def make_bundle(config: ExperimentConfig, path: Path) -> None:
+    """Saves random weights of a recipe's network as a bundle."""
+    assert isinstance(config.model, SemanticDiffusionConfig)
+    torch.manual_seed(0)
+    facts = BundleFacts(
+        model=config.model,
+        samples=config.data.samples,
+        intensity="hu",
+        sources=("phantom",),
+        snapshot="none",
+        patients={"train": 3, "val": 0, "test": 1},
+        indicative=True,
+        seen_samples=0,
+    )
+    denoiser = build_denoiser(config.model, 1, config.samples.size)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():  # a fresh one ends in zeros: it would hear nothing
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_bundle(path, facts, denoiser=denoiser.state_dict())

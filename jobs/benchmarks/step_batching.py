@@ -1,0 +1,234 @@
+"""Requests that join between two steps, against batches that are made when they come (B8).
+
+python -m jobs.benchmarks.step_batching [--requests 400]
+
+Requests of 10, 20 or 50 steps arrive by chance (Poisson) at 80 % of what padded batches can do, at
+one process of one thread. Four policies serve the same arrivals with the same network: by steps
+(ours; slots from the measured batch curve), groups of equal steps, padded batches of what waits,
+and one after the other; groups and batches have rows for those they hold alone. Twice: with a
+network so small that calls cost more than arithmetic, and with one that fills the core. Then all
+requests are there at once: capacity. Decoding is the same for all and left out. Prints tables and a
+line of JSON; exits 1 where a target is missed or a sample is not that of a run alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jobs.benchmarks.random_bundle import make_bundle, slices_recipe
+from jobs.benchmarks.ratios import facts_of_run
+from raysynth.condition import Condition
+from raysynth.sampling.curve import batch_curve, slots_that_pay
+from raysynth.sampling.draw import BundleSampler
+from raysynth.sampling.engine import SampleRequest, SamplingEngine
+
+STEPS = (10, 20, 50)
+SLOTS = 8
+LOAD = 0.8
+SIZES = {"small": 8, "full": 64}
+"""Pixels along a side of the two networks' images."""
+
+NUM_CHECKED = 16
+
+
+@dataclass
+class Asked:
+    """A request and when it comes, in seconds; when it was drawn, and what."""
+
+    request: SampleRequest
+    comes: float
+    done: float = 0.0
+    x_0: torch.Tensor | None = None
+    batch_shape: int = 0
+
+
+class Server:
+    """Engines of every number of slots, made when they are needed."""
+
+    def __init__(self, sampler: BundleSampler) -> None:
+        self.sampler = sampler
+        self._samplers: dict[int, BundleSampler] = {}
+        self.started = 0.0
+
+    def engine(self, slots: int) -> SamplingEngine:
+        """That of so many slots."""
+        if slots not in self._samplers:
+            self._samplers[slots] = self.sampler.with_slots(slots)
+        return self._samplers[slots].engine(1.0)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the first request could come."""
+        return time.perf_counter() - self.started
+
+    def run(self, group: list[Asked], num_steps: int) -> None:
+        """A batch from beginning to end; rows that are through wait for the last one."""
+        engine, by_id = self.engine(len(group)), {one.request.sample_id: one for one in group}
+        for one in group:
+            engine.admit(one.request)
+        for _ in range(num_steps):
+            engine.step()
+        for finished in engine.retire():
+            by_id[finished.sample_id].x_0 = finished.x_0
+            by_id[finished.sample_id].batch_shape = finished.batch_shape
+        for one in group:
+            one.done = self.now
+
+
+def by_steps(server: Server, asked: list[Asked], slots: int) -> None:
+    """Requests take a free slot before the next step."""
+    engine, waiting = server.engine(slots), deque(asked)
+    by_id: dict[str, Asked] = {}
+    while waiting or engine.num_busy:
+        while waiting and waiting[0].comes <= server.now and engine.num_busy < slots:
+            one = waiting.popleft()
+            by_id[one.request.sample_id] = one
+            engine.admit(one.request)
+        if not engine.num_busy:
+            time.sleep(max(0.0, waiting[0].comes - server.now))
+            continue
+        engine.step()
+        for finished in engine.retire():
+            one = by_id.pop(finished.sample_id)
+            one.done, one.x_0, one.batch_shape = server.now, finished.x_0, finished.batch_shape
+
+
+def in_batches(server: Server, asked: list[Asked], most: int, *, are_equal: bool) -> None:
+    """Up to so many that are there are drawn together, to the end."""
+    waiting = deque(asked)
+    while waiting:
+        if waiting[0].comes > server.now:
+            time.sleep(max(0.0, waiting[0].comes - server.now))
+        here = [one for one in waiting if one.comes <= server.now]
+        steps = here[0].request.num_inference_steps
+        if are_equal:
+            here = [one for one in here if one.request.num_inference_steps == steps]
+        group = here[:most]
+        server.run(group, max(one.request.num_inference_steps for one in group))
+        taken = {id(one) for one in group}
+        waiting = deque(one for one in waiting if id(one) not in taken)
+
+
+def policies(slots: int) -> dict[str, Callable[[Server, list[Asked]], None]]:
+    """By name, what serves."""
+    return {
+        "by steps": lambda server, asked: by_steps(server, asked, slots),
+        "equal steps": lambda server, asked: in_batches(server, asked, SLOTS, are_equal=True),
+        "padded": lambda server, asked: in_batches(server, asked, SLOTS, are_equal=False),
+        "one by one": lambda server, asked: in_batches(server, asked, 1, are_equal=False),
+    }
+
+
+def requests(sampler: BundleSampler, count: int, rate: float | None, seed: int = 0) -> list[Asked]:
+    """Requests that come at a rate by chance; None: all at once."""
+    rng = np.random.default_rng(seed)
+    comes = np.zeros(count) if rate is None else np.cumsum(rng.exponential(1 / rate, count))
+    size = sampler.size
+    layout = np.full((size, size), 4, np.uint8)
+    return [
+        Asked(
+            SampleRequest(
+                f"r{number}", number, Condition(layout=layout), "ddim", int(rng.choice(STEPS))
+            ),
+            float(when),
+        )
+        for number, when in enumerate(comes)
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=400)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    figures: dict[str, object] = {}
+    missed = []
+    for network, size in SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = slices_recipe(Path(folder), size, batch_size=16)
+            make_bundle(config, config.bundle_path)
+            sampler = BundleSampler(config.bundle_path, config.sampling, 0)
+            count = options.requests if network == "small" else max(60, options.requests // 5)
+            figures[network], misses = _of_network(network, sampler, count)
+            missed += misses
+    for line in missed:
+        print(f"MISSED: {line}")
+    print(json.dumps(facts_of_run("torch") | figures))
+    return int(bool(missed))
+
+
+def _of_network(network: str, sampler: BundleSampler, count: int) -> tuple[object, list[str]]:
+    curve = batch_curve(sampler, 16)
+    slots = slots_that_pay(curve)
+    shown = ", ".join(f"{rows}: {1e3 * seconds:.2f}" for rows, seconds in curve.items())
+    print(f"{network} network, ms of a step by sample at {shown}; {slots} slots")
+    server = Server(sampler)
+    for rows in range(1, 2 * SLOTS + 1):
+        server.engine(rows).step()  # no policy pays for the first call
+    found: dict[str, dict[str, float]] = {}
+    capacity: dict[str, float] = {}
+    for name, policy in policies(slots).items():
+        asked = requests(sampler, max(60, count // 4), None)
+        server.started = time.perf_counter()
+        policy(server, asked)
+        capacity[name] = len(asked) / max(one.done for one in asked)
+    rate = LOAD * capacity["padded"]
+    wrong = 0
+    for name, policy in policies(slots).items():
+        asked = requests(sampler, count, rate, seed=1)
+        server.started = time.perf_counter()
+        policy(server, asked)
+        waits = np.array([one.done - one.comes for one in asked])
+        p50, p99 = np.percentile(waits, (50, 99))
+        found[name] = {"capacity": capacity[name], "p50_s": p50, "p99_s": p99}
+        if name == "by steps":
+            wrong = _wrong(server, asked[:NUM_CHECKED])
+    ours = found["by steps"]
+    print(f"{rate:.1f} requests a second, {count} of them")
+    print(f"{'policy':12}{'a second':>10}{'p50 s':>9}{'p99 s':>9}{'ours of it: p50, p99':>24}")
+    for name, one in found.items():
+        ratios = f"{ours['p50_s'] / one['p50_s']:.2f}, {ours['p99_s'] / one['p99_s']:.2f}"
+        print(f"{name:12}{one['capacity']:10.2f}{one['p50_s']:9.3f}{one['p99_s']:9.3f}{ratios:>24}")
+    equal, padded = found["equal steps"], found["padded"]
+    checks = {"every sample is that of a run alone": wrong == 0}
+    if network == "small":
+        checks |= {
+            "p50 <= .45 of equal steps": ours["p50_s"] <= 0.45 * equal["p50_s"],
+            "p99 <= .72 of equal steps": ours["p99_s"] <= 0.72 * equal["p99_s"],
+            "capacity >= 1.7 of padded": ours["capacity"] >= 1.7 * padded["capacity"],
+        }
+    else:
+        checks |= {
+            f"{figure} <= 1.05 of {name}": ours[figure] <= 1.05 * one[figure]
+            for name, one in (("equal steps", equal), ("padded", padded))
+            for figure in ("p50_s", "p99_s")
+        }
+    misses = [f"{network}: {what}" for what, is_met in checks.items() if not is_met]
+    return {"curve": curve, "slots": slots, "wrong": wrong, "policies": found}, misses
+
+
+def _wrong(server: Server, asked: list[Asked]) -> int:
+    """Samples that are not, bit by bit, what a run alone draws at the same batch shape."""
+    wrong = 0
+    for one in asked:
+        engine = server.engine(one.batch_shape)
+        (alone,) = engine.run([one.request])
+        assert one.x_0 is not None
+        wrong += not torch.equal(alone.x_0, one.x_0)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

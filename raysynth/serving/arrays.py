@@ -1,0 +1,211 @@
+"""Arrays that clients send and get: PNG, NPZ and NIfTI, read as if an enemy had written them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from imagecodecs import png_check, png_decode, png_encode
+from numpy.typing import NDArray
+
+from raysynth.errors import InputError, UnreadableCase
+from raysynth.export.nifti import nifti_image
+from raysynth.formats.image import read_image
+from raysynth.formats.nifti import nifti_shape
+
+Media = Literal["image/png", "application/x-npz", "application/x-nifti"]
+PNG: Media = "image/png"
+NPZ: Media = "application/x-npz"
+NIFTI: Media = "application/x-nifti"
+
+MAX_VOXELS = 512**3
+"""Of an array that is sent."""
+
+PNG_HEADER_BYTES = 33
+"""Signature and first chunk of a PNG: its size stands there."""
+
+ARRAY = "array"
+"""Its name in an NPZ that is sent."""
+
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    KeyError,
+    ValueError,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+)
+_MAX_SLOPE = 1e-3
+"""Of axes against the patient's: more is oblique."""
+
+
+class Sent:
+    """An array that a client sent.
+
+    Attributes:
+        values: whole numbers or floats, (y, x) or (z, y, x).
+        spacing_mm: along each axis, if the file tells.
+    """
+
+    def __init__(self, values: NDArray[Any], spacing_mm: Sequence[float] | None = None) -> None:
+        self.values = values
+        self.spacing_mm = None if spacing_mm is None else tuple(float(one) for one in spacing_mm)
+
+
+def read_array(packed: bytes, media: str) -> Sent:
+    """What a body holds; its size is looked at before it is decoded, and nothing is unpickled.
+
+    Args:
+        packed: the body.
+        media: its content type.
+
+    Raises:
+        InputError: it is not what it says, damaged, or too large.
+    """
+    match media.partition(";")[0].strip().lower():
+        case "image/png":
+            return Sent(_read_png(packed))
+        case "application/x-npz":
+            values = read_arrays(packed, {ARRAY: True})[ARRAY]
+            assert values is not None
+            _check_size(values.shape)
+            return Sent(values)
+        case "application/x-nifti" | "application/gzip" | "application/x-gzip":
+            return _read_nifti(packed)
+    raise InputError(f"content-type {media[:60]}: give {PNG}, {NPZ} or {NIFTI}")
+
+
+def _check_size(shape: Sequence[int]) -> None:
+    if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) > MAX_VOXELS:
+        raise InputError(
+            f"body: an array of shape {tuple(shape)}; give two or three axes and {MAX_VOXELS:,} "
+            "values at most"
+        )
+
+
+def _read_png(packed: bytes) -> NDArray[Any]:
+    if len(packed) < PNG_HEADER_BYTES or not png_check(packed):
+        raise InputError("body: this is no PNG")
+    width, height = (int.from_bytes(packed[at : at + 4], "big") for at in (16, 20))
+    _check_size((height, width))
+    try:
+        labels: NDArray[Any] = png_decode(packed)
+    except Exception as error:  # whatever the decoder finds
+        raise InputError("body: this PNG is damaged") from error
+    if labels.shape != (height, width):
+        raise InputError("body: give a grey PNG, without colour or alpha")
+    return labels
+
+
+def read_arrays(packed: bytes, wanted: dict[str, bool]) -> dict[str, NDArray[Any] | None]:
+    """Arrays of numbers out of an NPZ, each read no further than its header promises.
+
+    Args:
+        packed: the file.
+        wanted: names, and whether each must be there.
+
+    Raises:
+        InputError: it is damaged, too large, or lacks one.
+    """
+    found: dict[str, NDArray[Any] | None] = dict.fromkeys(wanted)
+    try:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            members = {one.filename for one in archive.infolist()}
+            for name, is_needed in wanted.items():
+                if f"{name}.npy" in members:
+                    with archive.open(f"{name}.npy") as file:
+                        found[name] = _read_npy(file, name)
+                elif is_needed:
+                    raise InputError(f"body: give an NPZ with an array named {name}")
+    except _DAMAGED as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"body: this NPZ is damaged ({error})") from error
+    return found
+
+
+def _read_npy(file: IO[bytes], name: str) -> NDArray[Any]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    if len(shape) > 4 or math.prod(shape) > MAX_VOXELS:
+        raise InputError(f"body: {name} of shape {shape}; give {MAX_VOXELS:,} values at most")
+    if dtype.kind not in "biuf" or dtype.itemsize > 8 or (is_fortran and len(shape) > 1):
+        raise InputError(f"body: {name} of {dtype}; give numbers in C order")
+    count = math.prod(shape) * dtype.itemsize
+    content = file.read(count + 1)
+    if len(content) != count:
+        raise InputError("body: this NPZ holds more or less than its header says")
+    return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+
+
+def _read_nifti(packed: bytes) -> Sent:
+    """A volume whose axes run along the patient's, turned into their order."""
+    suffix = ".nii.gz" if packed[:2] == b"\x1f\x8b" else ".nii"
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(packed)
+        file.flush()
+        try:
+            _check_size(nifti_shape(Path(file.name)))
+            image = read_image(Path(file.name))
+        except (UnreadableCase, OSError) as error:
+            raise InputError(f"body: this NIfTI cannot be read: {error}") from error
+    axes = np.diagonal(image.direction)
+    if (np.abs(np.abs(axes) - 1) > _MAX_SLOPE).any():
+        raise InputError("body: the axes of this NIfTI are oblique or not z, y, x: resample it")
+    order = tuple(slice(None, None, -1 if axis < 0 else 1) for axis in axes)
+    values = image.values[order]
+    return Sent(values[0] if len(values) == 1 else values, image.spacing_mm)
+
+
+def npz_of(hu: NDArray[np.int16], facts: dict[str, object]) -> bytes:
+    """A sample in HU with what is known of it, as NumPy reads it."""
+    packed = io.BytesIO()
+    np.savez_compressed(packed, hu=hu, facts=np.array(json.dumps(facts)))
+    return packed.getvalue()
+
+
+def of_npz(packed: bytes) -> tuple[NDArray[np.int16], dict[str, Any]]:
+    """What `npz_of` made."""
+    with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+        return arrays["hu"], json.loads(str(arrays["facts"]))
+
+
+def png_of(hu: NDArray[np.int16], window_hu: tuple[float, float]) -> bytes:
+    """A slice as a grey PNG of 8 bits; of a volume the middle plane.
+
+    Args:
+        hu: the sample.
+        window_hu: HU of black and white.
+    """
+    plane = hu[len(hu) // 2] if hu.ndim == 3 else hu
+    low, high = window_hu
+    grey = (np.clip((plane - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+    return bytes(png_encode(grey))
+
+
+def nifti_of(
+    hu: NDArray[np.int16], spacing_mm: tuple[float, float], *, has_real_pixels: bool
+) -> bytes:
+    """A sample as gzipped NIfTI-1, as exports have it.
+
+    Args:
+        hu: a volume (z, y, x), or a slice.
+        spacing_mm: between planes, and of a pixel.
+        has_real_pixels: whether part of it was copied.
+    """
+    image = nifti_image(hu, spacing_mm, has_real_pixels)
+    return gzip.compress(image.to_bytes(), 3)

@@ -1,0 +1,205 @@
+"""From a request to a drawn sample: checks, an order to a replica, and another if it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from raysynth import __version__
+from raysynth.config import Diffusion, ExperimentConfig
+from raysynth.errors import InputError
+from raysynth.models.bundle import CARD, bundle_digest, read_facts
+from raysynth.models.facts import BundleFacts
+from raysynth.serving.replica import Order, served_bundles
+from raysynth.serving.runner import Busy, slots_of
+from raysynth.serving.schemas import (
+    MAX_SEED,
+    ModelOut,
+    ReadUpload,
+    SampleIn,
+    condition_from,
+    spacing_of,
+)
+
+MAX_TRIES = 5
+"""Of one sample, where replicas are lost."""
+
+RETRY_S = 2.0
+
+News = Callable[[dict[str, Any]], None]
+"""Is told `step` and `num_steps`, or `preview` and `step`."""
+
+Drawn = tuple[NDArray[np.int16], int]
+"""HU, and the batch shape."""
+
+
+class Dispatcher:
+    """Knows the served models, checks what is asked of them, and has it drawn."""
+
+    def __init__(self, replicas: DeploymentHandle[Any], config: ExperimentConfig) -> None:
+        """Reads what the bundles say.
+
+        Args:
+            replicas: of `Replica`.
+            config: the recipe.
+        """
+        self.config = config
+        self._replicas = replicas.options(stream=True)
+        self.paths = served_bundles(config)
+        self.facts = {name: read_facts(path) for name, path in self.paths.items()}
+        self.digests = {name: bundle_digest(path) for name, path in self.paths.items()}
+        self.default = next(iter(self.paths))
+
+    def models(self) -> list[ModelOut]:
+        """The served models, with their cards."""
+        found = []
+        for name, facts in self.facts.items():
+            depth_mm, pixel_mm = spacing_of(facts)
+            found.append(
+                ModelOut(
+                    name=name,
+                    family=facts.model.family,
+                    digest=self.digests[name],
+                    shape=facts.samples.shape,
+                    pixel_mm=pixel_mm,
+                    depth_mm=depth_mm,
+                    window_hu=facts.window_hu,
+                    intensity=facts.intensity,
+                    card=(self.paths[name] / CARD).read_text(encoding="utf-8"),
+                )
+            )
+        return found
+
+    def facts_of(self, body: SampleIn) -> BundleFacts:
+        """Of the model that a request is for.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        return self.facts[self._model(body)]
+
+    def seeded(self, body: SampleIn) -> SampleIn:
+        """The request with a seed."""
+        if body.seed is not None:
+            return body
+        return body.model_copy(update={"seed": secrets.randbelow(MAX_SEED)})
+
+    def order(
+        self,
+        sample_id: str,
+        body: SampleIn,
+        read_upload: ReadUpload,
+        *,
+        is_watched: bool = False,
+        preview_every: int | None = None,
+    ) -> Order:
+        """What a replica is told. Nothing that is refused reaches one.
+
+        Raises:
+            InputError: the request makes no sense to its model; the first word is the field.
+        """
+        assert body.seed is not None
+        name = self._model(body)
+        facts, steps = self.facts[name], body.num_inference_steps
+        model = facts.model
+        assert isinstance(model, Diffusion)
+        most = min(self.config.serving.max_steps, model.num_train_timesteps)
+        if steps is not None and steps > most:
+            raise InputError(f"num_inference_steps {steps}: give {most} at most")
+        if body.guidance_scale not in (None, 1) and not model.condition_drop:
+            raise InputError(
+                f"guidance_scale {body.guidance_scale}: this model never learned what no condition "
+                "looks like; leave it out"
+            )
+        if body.sampler == "ddpm" and model.schedule == "rectified_flow":
+            raise InputError("sampler ddpm: this model draws with ddim, dpm_solver++ or unipc")
+        if body.batch_shape is not None:
+            own = self.config.sampling.guidance_scale
+            slots_of(body.batch_shape, own if body.guidance_scale is None else body.guidance_scale)
+        return Order(
+            model=name,
+            sample_id=sample_id,
+            seed=body.seed,
+            condition=condition_from(body, facts, read_upload),
+            sampler=body.sampler,
+            num_inference_steps=steps,
+            guidance_scale=body.guidance_scale,
+            batch_shape=body.batch_shape,
+            is_watched=is_watched,
+            preview_every=preview_every,
+        )
+
+    async def draw(self, order: Order, on_news: News | None = None) -> Drawn:
+        """Draws a sample; where a replica is lost another draws it again, from its seed.
+
+        Raises:
+            Busy: no replica has room.
+            InputError: the model refuses.
+        """
+        handle = self._replicas.options(multiplexed_model_id=order.model)
+        for left in reversed(range(MAX_TRIES)):
+            try:
+                async with aclosing(_told(handle.draw.remote(order))) as told:
+                    async for one in told:
+                        if "hu" in one:
+                            return one["hu"], one["batch_shape"]
+                        if on_news is not None:
+                            on_news(one)
+            except (RayActorError, DeploymentUnavailableError):
+                if not left:
+                    raise
+                await asyncio.sleep(RETRY_S)
+        raise Busy("no replica drew this: try again later")
+
+    async def draw_at_last(self, order: Order, on_news: News | None = None) -> Drawn:
+        """As `draw`, but waits for room: what was accepted is drawn."""
+        while True:
+            try:
+                return await self.draw(order, on_news)
+            except Busy:
+                await asyncio.sleep(RETRY_S)
+
+    def about(self, order: Order, batch_shape: int) -> dict[str, object]:
+        """What a result says of itself."""
+        facts, known = self.facts[order.model], order.condition.known_mask
+        depth_mm, pixel_mm = spacing_of(facts)
+        return {
+            "synthetic": True,
+            "model": order.model,
+            "bundle": self.digests[order.model],
+            "seed": order.seed,
+            "batch_shape": batch_shape,
+            "pixel_mm": pixel_mm,
+            "depth_mm": depth_mm,
+            "window_hu": facts.window_hu,
+            "intensity": facts.intensity,
+            "copied_fraction": 0.0 if known is None else float(known.mean()),
+            "raysynth": __version__,
+        }
+
+    def _model(self, body: SampleIn) -> str:
+        name = body.model or self.default
+        if name not in self.paths:
+            raise InputError(f"model {name}: give {', '.join(self.paths)}")
+        return name
+
+
+async def _told(news: Any) -> AsyncGenerator[dict[str, Any]]:
+    """What a replica tells; leaving it early gives the sample up there."""
+    is_whole = False
+    try:
+        async for one in news:
+            yield one
+            is_whole = "hu" in one
+    finally:
+        if not is_whole:
+            news.cancel()
