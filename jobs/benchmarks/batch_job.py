@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
             Path(folder), 64, num_samples=options.samples, num_inference_steps=8, batch_size=8
         )
         recipe = Path(folder) / "batch_job.yaml"
-        recipe.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
+        recipe.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
         stages.ingest(config)
         stages.shard(config)
         for name in ("one_shard", "whole", "killed"):
