@@ -36,7 +36,7 @@ from raysynth.sampling.engine import SampleRequest, SamplingEngine
 STEPS = (10, 20, 50)
 SLOTS = 8
 LOAD = 0.8
-SIZES = {"small": 8, "full": 64}
+SIZES = {"small": 16, "full": 64}
 """Pixels along a side of the two networks' images."""
 
 NUM_CHECKED = 16
