@@ -69,6 +69,8 @@ def bomb(shape: tuple[int, ...], content: int) -> bytes:
         (png_encode(np.zeros((4, 4), np.uint8))[:50], PNG, "damaged"),
         (gzip.compress(bytes(400)), NIFTI, "cannot be read"),
     ],
+    # The bodies hold the time at which they were packed: two processes would name them apart.
+    ids=range(11),
 )
 def test_the_hostile_and_the_broken_are_refused(body: bytes, media: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
