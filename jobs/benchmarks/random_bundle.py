@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from raysynth.config import ExperimentConfig, SemanticDiffusionConfig
+from raysynth.config import Diffusion, ExperimentConfig
+from raysynth.config.model import AutoencoderConfig
+from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.bundle import save_bundle
 from raysynth.models.denoiser import build_denoiser
 from raysynth.models.facts import BundleFacts
@@ -49,12 +51,21 @@ def slices_recipe(folder: Path, size: int, **sampling: Any) -> ExperimentConfig:
     )
 
 
-def make_bundle(config: ExperimentConfig, path: Path) -> None:
-    """Saves random weights of a recipe's network as a bundle."""
-    assert isinstance(config.model, SemanticDiffusionConfig)
+def make_bundle(
+    config: ExperimentConfig, path: Path, autoencoder: AutoencoderConfig | None = None
+) -> None:
+    """Saves random weights of a diffusion recipe's networks as a bundle.
+
+    Args:
+        config: the recipe.
+        path: of the bundle.
+        autoencoder: of a model that works in latents.
+    """
+    assert isinstance(config.model, Diffusion)
     torch.manual_seed(0)
     facts = BundleFacts(
         model=config.model,
+        autoencoder=autoencoder,
         samples=config.data.samples,
         intensity="hu",
         sources=("phantom",),
@@ -63,8 +74,10 @@ def make_bundle(config: ExperimentConfig, path: Path) -> None:
         indicative=True,
         seen_samples=0,
     )
-    denoiser = build_denoiser(config.model, 1, config.samples.size)
+    channels, size, *_ = facts.latent_shape
+    denoiser = build_denoiser(config.model, channels, size)
     with torch.no_grad():
         for parameter in denoiser.parameters():  # a fresh one ends in zeros: it would hear nothing
             parameter.add_(0.05 * torch.randn_like(parameter))
-    save_bundle(path, facts, denoiser=denoiser.state_dict())
+    weights = None if autoencoder is None else build_autoencoder(autoencoder).state_dict()
+    save_bundle(path, facts, weights, denoiser.state_dict())

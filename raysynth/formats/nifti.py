@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import nibabel.nifti1
 import nibabel.nifti2
@@ -56,9 +56,7 @@ def read_nifti(path: Path) -> Image:
         OSError: it cannot be read.
     """
     with open_file(path) as file:
-        is_packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        stream = Stream(file, 31 if is_packed else None)
+        stream = _unpacked(file)
         header, order = _read_header(stream)
         stored = _stored_type(header, order)
         shape = check_shape(_sizes(header), stored)
@@ -79,10 +77,15 @@ def nifti_shape(path: Path) -> tuple[int, int, int]:
         OSError: it cannot be read.
     """
     with open_file(path) as file:
-        is_packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        header, order = _read_header(Stream(file, 31 if is_packed else None))
+        header, order = _read_header(_unpacked(file))
         return check_shape(_sizes(header), _stored_type(header, order))
+
+
+def _unpacked(file: BinaryIO) -> Stream:
+    """A file's bytes, inflated where its first ones say that they are packed."""
+    is_packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return Stream(file, 31 if is_packed else None)
 
 
 def _read_header(stream: Stream) -> tuple[_Header, str]:

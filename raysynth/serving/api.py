@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from raysynth.errors import InputError
@@ -107,6 +109,12 @@ def make_api() -> FastAPI:
     @api.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> JSONResponse:
         return problem(503, "busy", str(error), retry_after_s=RETRY_AFTER_S)
+
+    @api.exception_handler(RayActorError)
+    @api.exception_handler(DeploymentUnavailableError)
+    async def lost(request: Request, error: Exception) -> JSONResponse:
+        told = "a process of the service was lost and is started again: try again later"
+        return problem(503, "busy", told, retry_after_s=RETRY_AFTER_S)
 
     @api.exception_handler(OverQuota)
     async def over_quota(request: Request, error: OverQuota) -> JSONResponse:

@@ -40,6 +40,7 @@ from raysynth.serving.arrays import (
 from raysynth.serving.dispatch import Dispatcher
 from raysynth.serving.jobs import Job, JobFolder
 from raysynth.serving.landing import check_landing, land
+from raysynth.serving.metrics import SERVICE
 from raysynth.serving.quotas import Quotas
 from raysynth.serving.replica import Order, service_folder
 from raysynth.serving.runner import Busy
@@ -155,8 +156,6 @@ class Gateway:
         self.going: dict[str, Progress] = {}
         self.room = asyncio.Semaphore(self._most_at_once())
         self.streaming: set[asyncio.Task[None]] = set()
-        if config.serving.metrics:
-            self._in_background(keeper.create.remote("", SERVED, "store"))
         requests, unfinished = METRICS
         self.requests_count = Counter(requests, METRICS[requests], ("kind",))
         self.unfinished_gauge = Gauge(unfinished, METRICS[unfinished])
@@ -280,8 +279,7 @@ class Gateway:
         seeded = [self.dispatcher.seeded(one) for one in body.requests]
         if any(one.model not in (None, self.dispatcher.default) for one in seeded):
             raise InputError(f"model: a batch is of {self.dispatcher.default} alone")
-        is_known = any(job.key == idempotency_key is not None for job in self.jobs.all_of(owner))
-        if not is_known:
+        if self.jobs.with_key(owner, idempotency_key) is None:
             await asyncio.to_thread(check_landing, self.config, body.name)
         for one in seeded:
             await self._order("check", owner, one)
@@ -420,9 +418,8 @@ class Gateway:
         count: int,
         voxels: int,
     ) -> JobOut:
-        known = [job for job in self.jobs.all_of(owner) if key is not None and job.key == key]
-        if known:
-            return self._shown(known[0])
+        if (known := self.jobs.with_key(owner, key)) is not None:
+            return self._shown(known)
         serving = self.config.serving
         if len(self.going) >= serving.max_waiting * (serving.max_replicas or serving.num_replicas):
             raise Busy("as many jobs wait as may: try again later")
@@ -560,15 +557,11 @@ class Gateway:
             "layout": None if layout is None else layout[None],
             "box": np.array([order.condition.box or none], np.int16),
         }
-        self._in_background(self.keeper.push.remote("", SERVED, "synthetic", None, **arrays))
 
-    def _in_background(self, call: Any) -> None:
-        """Nobody waits for it."""
+        async def push() -> None:
+            await self.keeper.push.remote(SERVICE, SERVED, "synthetic", None, **arrays)
 
-        async def wait() -> None:
-            await call
-
-        task = asyncio.get_running_loop().create_task(wait())
+        task = asyncio.get_running_loop().create_task(push())
         self.streaming.add(task)
         task.add_done_callback(self.streaming.discard)
 
@@ -579,7 +572,7 @@ class Gateway:
             return owner
         if writes:
             raise HTTPException(409, f"{SERVED} is the service's own stream: take another name")
-        return ""
+        return SERVICE
 
     async def _metrics_events(
         self, owner: str, name: str, values: dict[str, Any]

@@ -79,9 +79,8 @@ class JobFolder:
             The job, and whether it is new.
         """
         with self._lock:
-            for job in self.jobs.values():
-                if key is not None and job.owner == owner and job.key == key:
-                    return job, False
+            if (known := self.with_key(owner, key)) is not None:
+                return known, False
             number = max((job.number for job in self.jobs.values()), default=0) + 1
             job = Job(secrets.token_hex(16), owner, number, kind, body, key=key)
             self._write(job)
@@ -92,6 +91,12 @@ class JobFolder:
         """An owner's job; None if there is none, or if it is another's."""
         job = self.jobs.get(job_id) if JOB_ID.fullmatch(job_id) else None
         return job if job is not None and job.owner == owner else None
+
+    def with_key(self, owner: str, key: str | None) -> Job | None:
+        """The job that an owner asked for under a key; without a key there is none."""
+        if key is None:
+            return None
+        return next((job for job in self.all_of(owner) if job.key == key), None)
 
     def all_of(self, owner: str) -> list[Job]:
         """An owner's jobs, the newest first."""

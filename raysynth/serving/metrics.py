@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,37 +23,22 @@ from raysynth.metrics.frechet import frechet_distance_of
 from raysynth.metrics.kernel import gaussian_mmd2
 from raysynth.metrics.samples import Features
 from raysynth.seeding import fingerprint
+from raysynth.serving.schemas import LiveValue
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 from raysynth.window import measurable
 
 Role = Literal["real", "synthetic"]
+Origin = Literal["store", "sent"]
+"""Where the real samples come from."""
 
 STATE_VERSION = 1
 
+SERVICE = ""
+"""Owner of the service's own stream, which no token has."""
+
 JACKKNIFE_BLOCKS = 10
 Z_95 = 1.96
-
-
-@dataclass(frozen=True)
-class LiveValue:
-    """A metric by now.
-
-    Attributes:
-        value: of the samples so far.
-        low: lower end of its 95 % interval, over synthetic samples; None: too few.
-        high: upper end.
-        n: synthetic samples.
-        n_reference: real samples.
-        floor: the same between halves of the real ones; None: there is one patient.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    n_reference: int
-    floor: float | None
 
 
 class LiveMetrics:
@@ -63,7 +47,7 @@ class LiveMetrics:
     What is acknowledged is on the disk.
     """
 
-    def __init__(self, config: ExperimentConfig, folder: Path, reference: Literal["store", "sent"]):
+    def __init__(self, config: ExperimentConfig, folder: Path, reference: Origin):
         """Goes on from what is in the folder.
 
         Args:
@@ -82,6 +66,8 @@ class LiveMetrics:
         folder.mkdir(parents=True, exist_ok=True)
         self.sets = {role: self._load(role) for role in ("real", "synthetic")}
         self._patients: list[int] = self._load_patients()
+        self._values: dict[str, LiveValue] = {}
+        self._valued: dict[Role, int] | None = None
         if reference == "store" and self.sets["real"].count == 0:
             self._count_reference(open_reference(config))
 
@@ -151,7 +137,15 @@ class LiveMetrics:
         return metrics.count
 
     def values(self) -> dict[str, LiveValue]:
-        """FID, KID and MMD by key `metric/space/region/extractor@version`; none of too few."""
+        """FID, KID and MMD by key `metric/space/region/extractor@version`; none of too few.
+
+        Computed once for the samples that are there, however many ask.
+        """
+        if self._valued != self.counts():
+            self._values, self._valued = self._compute(), self.counts()
+        return self._values
+
+    def _compute(self) -> dict[str, LiveValue]:
         real, synthetic = self.sets["real"], self.sets["synthetic"]
         if real.count < MIN_SAMPLES:
             return {}
@@ -217,7 +211,7 @@ def _live(
     value: float, spread: float | None, n: int, n_reference: int, floor: float | None = None
 ) -> LiveValue:
     low, high = (None, None) if spread is None else (value - spread, value + spread)
-    return LiveValue(value, low, high, n, n_reference, floor)
+    return LiveValue(value=value, low=low, high=high, n=n, n_reference=n_reference, floor=floor)
 
 
 def _spread(features: Features, of: Callable[[Features], float]) -> float | None:
@@ -238,7 +232,7 @@ class MetricsKeeper:
         self.config, self.folder = config, folder
         self._streams: dict[tuple[str, str], LiveMetrics] = {}
 
-    def create(self, owner: str, name: str, reference: Literal["store", "sent"]) -> dict[str, Any]:
+    def create(self, owner: str, name: str, reference: Origin) -> dict[str, Any]:
         """Opens a stream; one that is there already must have the same reference."""
         about = self._place(owner, name) / "about.json"
         if about.exists() and json.loads(about.read_text())["reference"] != reference:
@@ -263,15 +257,18 @@ class MetricsKeeper:
             "name": name,
             "reference": stream.reference,
             "counts": stream.counts(),
-            "metrics": {key: asdict(value) for key, value in stream.values().items()},
+            "metrics": {key: value.model_dump() for key, value in stream.values().items()},
         }
 
     def _stream(self, owner: str, name: str) -> LiveMetrics:
         if (owner, name) not in self._streams:
             about = self._place(owner, name) / "about.json"
-            if not about.exists():
+            if owner == SERVICE:  # nobody makes it
+                reference: Origin = "store"
+            elif about.exists():
+                reference = json.loads(about.read_text())["reference"]
+            else:
                 raise InputError(f"name {name}: there is no such stream of yours; make it first")
-            reference = json.loads(about.read_text())["reference"]
             self._streams[owner, name] = LiveMetrics(self.config, about.parent, reference)
         return self._streams[owner, name]
 

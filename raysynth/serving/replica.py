@@ -157,8 +157,11 @@ class Replica:
     def check_health(self) -> None:
         """Ray starts a replica anew whose thread has ended; and counts are exported meanwhile."""
         self._export()
-        # Those that made room have ended well.
-        if any(not runner.is_alive and not runner.is_closing for runner in self._runners.values()):
+        # Those that made room are kept by nobody.
+        self._runners = {
+            model: runner for model, runner in self._runners.items() if not runner.is_closing
+        }
+        if not all(runner.is_alive for runner in self._runners.values()):
             raise RaysynthError("no steps are made any more")
 
     def _make_runner(self, model: str) -> Runner:

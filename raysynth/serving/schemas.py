@@ -133,15 +133,20 @@ class JobOut(BaseModel):
     error: str | None = None
 
 
-class LiveValueOut(BaseModel):
+class LiveValue(BaseModel):
     """A metric by now."""
 
     value: float
+    """Of the samples so far."""
     low: float | None
+    """Lower end of its 95 % interval, over synthetic samples; None: too few."""
     high: float | None
     n: int
+    """Synthetic samples."""
     n_reference: int
+    """Real samples."""
     floor: float | None
+    """The same between halves of the real ones; None: there is one patient."""
 
 
 class MetricsOut(BaseModel):
@@ -150,7 +155,7 @@ class MetricsOut(BaseModel):
     name: str
     reference: Literal["store", "sent"]
     counts: dict[str, int]
-    metrics: dict[str, LiveValueOut]
+    metrics: dict[str, LiveValue]
 
 
 ReadUpload = Callable[[str, str], Sent]

@@ -8,13 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
+from jobs.benchmarks import random_bundle
 from raysynth.config import ExperimentConfig
-from raysynth.models.autoencoder import build_autoencoder
-from raysynth.models.bundle import save_bundle
-from raysynth.models.denoiser import build_denoiser
-from raysynth.models.facts import BundleFacts
 from raysynth.sampling.batch import synthesize
 from raysynth.session import connect
 from tests.data.crashing_run import arm
@@ -47,29 +42,7 @@ def drawing_config(work_dir: Path, **sampling: object) -> ExperimentConfig:
 
 def make_bundle(config: ExperimentConfig) -> None:
     """A bundle of random weights: what is drawn shows nothing, but is drawn all the same."""
-    torch.manual_seed(0)
-    facts = BundleFacts(
-        model=config.model,
-        autoencoder=tiny_config(config.work_dir).model,
-        samples=config.data.samples,
-        intensity="hu",
-        sources=("phantom",),
-        snapshot="none",
-        patients={"train": 3, "val": 0, "test": 1},
-        indicative=True,
-        seen_samples=0,
-    )
-    channels, size, _ = facts.latent_shape
-    denoiser = build_denoiser(config.model, channels, size)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():  # a fresh one ends in zeros: it would hear nothing
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    save_bundle(
-        config.bundle_path,
-        facts,
-        build_autoencoder(facts.autoencoder_config).state_dict(),
-        denoiser.state_dict(),
-    )
+    random_bundle.make_bundle(config, config.bundle_path, tiny_config(config.work_dir).model)
 
 
 if __name__ == "__main__":
