@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raysynth.errors import InputError
+from raysynth.export.bundle import PASSPORT
 from raysynth.export.nifti import nifti_passport
 from raysynth.export.passport import MAX_BYTES, Passport, flaw, unpacked
 from raysynth.export.plain_zarr import zarr_passports
 from raysynth.export.png import png_passport
 from raysynth.formats.nifti import nifti_shape
+from raysynth.models.bundle import FACTS, bundle_digest
 
 Verdict = Literal["valid", "altered", "unmarked"]
 
@@ -62,6 +64,8 @@ def _walk(path: Path) -> Iterator[Checked]:
     elif path.is_dir():
         if (path / "zarr.json").exists():
             yield from _check_zarr(path)
+        elif (path / FACTS).exists():
+            yield _check_bundle(path)
         else:
             for one in sorted(path.iterdir()):
                 yield from _walk(one)
@@ -101,6 +105,18 @@ def _read(path: Path) -> tuple[Any, ...]:
         with path.open("rb") as file:
             return (unpacked(file.read(MAX_BYTES + 1)),)
     return (None,)
+
+
+def _check_bundle(path: Path) -> Checked:
+    """A bundle is checked as a whole, by its digest."""
+    try:
+        passport = unpacked((path / PASSPORT).read_bytes()[: MAX_BYTES + 1])
+    except OSError:
+        passport = None
+    found = _judged(str(path), passport)
+    if passport is not None and not found.reason and passport["bundle"] != bundle_digest(path):
+        return Checked(str(path), "altered", "its files are not those of its digest")
+    return found
 
 
 def _check_zarr(path: Path) -> Iterator[Checked]:
