@@ -576,7 +576,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     facts = facts_of_run("torch", "ray")
     found = []
-    with tempfile.TemporaryDirectory() as folder, connect():
+    with tempfile.TemporaryDirectory() as folder, connect(num_cpus=4):
         config = slices_recipe(Path(folder), SIZE, num_inference_steps=STEPS, batch_size=2 * SLOTS)
         make_bundle(config, config.bundle_path)
         service = Service(config)
