@@ -1,0 +1,3 @@
+import { readFragment } from "./api.js";
+
+readFragment();
