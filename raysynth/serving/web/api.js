@@ -101,10 +101,13 @@ async function refusal(answer) {
   return new Refusal(answer.status, problem);
 }
 
-export const getJson = async (path, options) => (await request("GET", path, options)).json();
+// Seeds have up to 63 bits, and numbers here 53: long ones stay texts, which the service takes, too.
+const exact = (text) => JSON.parse(text.replace(/("seed":\s*)(\d{16,})/g, '$1"$2"'));
+
+export const getJson = async (path, options) => exact(await (await request("GET", path, options)).text());
 
 export const postJson = async (path, body, options) =>
-  (await request("POST", path, { body, ...options })).json();
+  exact(await (await request("POST", path, { body, ...options })).text());
 
 export const getBytes = async (path, accept, options) =>
   new Uint8Array(await (await request("GET", path, { accept, ...options })).arrayBuffer());

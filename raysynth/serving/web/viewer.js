@@ -195,6 +195,9 @@ export function makeViewer(canvas, view, scene, axis = 0) {
         picture(plane, difference(volume.values, other.values, view.window))));
       return;
     }
+    context.strokeStyle = "#313b44";
+    context.lineWidth = 1;
+    context.strokeRect(left - 0.5, top - 0.5, size[0] + 1, size[1] + 1);
     put(paintOnce("image", mark, () => picture(plane, grey(volume.values, view.window))));
     drawLayers(shown.layers ?? [], plane, index, put);
     if (other && shown.mode === "swipe") {
