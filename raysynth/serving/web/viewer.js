@@ -293,6 +293,11 @@ export function makeViewer(canvas, view, scene, axis = 0) {
     return voxel.map((one, at) => Math.max(0, Math.min(shape[at] - 1, Math.floor(one))));
   }
 
+  function swipeEdge(shown) {
+    const { plane, left, cell } = geometry(shown.volume);
+    return left + plane.columns * cell[0] * shown.swipe;
+  }
+
   function step(count) {
     const shown = scene();
     if (!shown?.volume.isVolume) return;
@@ -318,7 +323,8 @@ export function makeViewer(canvas, view, scene, axis = 0) {
     canvas.setPointerCapture(event.pointerId);
     canvas.focus({ preventScroll: true });
     const [x, y] = placeOf(event);
-    const tool = event.button === 1 || event.shiftKey ? "pan" : event.button === 2 ? "window" : view.tool;
+    const edge = shown.mode === "swipe" && shown.other ? swipeEdge(shown) : null;
+    const tool = edge !== null && Math.abs(x - edge) < 12 ? "swipe" : event.button === 1 || event.shiftKey ? "pan" : event.button === 2 ? "window" : view.tool;
     drag = { tool, x, y, window: { ...view.window }, pan: [...view.pan] };
     if (tool === "cross") view.change({ at: clamped(voxelAt(x, y), shown.volume.shape) });
     else if (tool !== "window" && tool !== "pan") view.onTool?.(tool, "start", voxelAt(x, y), axis, event);
