@@ -110,7 +110,7 @@ async function showPage(run, count, samples, own) {
 function thumbnail(run, sample) {
   const kind = run.isReference ? "reference" : "synthetic";
   const words = [`No. ${sample.row + 1}`];
-  if (sample.has_nodule) words.push(sample.diameter_mm ? `${sample.diameter_mm.toFixed(0)} mm` : "nodule");
+  if (sample.diameter_mm) words.push(`${sample.diameter_mm.toFixed(0)} mm`);
   const image = make("img", { alt: "", dataset: { row: sample.row }, width: 128, height: 128 });
   const mark = sample.flagged ? ["copy?", "bad"] : sample.found === null ? null : sample.found ? ["found", "good"] : ["not found", "warn"];
   return make("li", {}, make("button", {

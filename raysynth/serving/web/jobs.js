@@ -100,7 +100,7 @@ async function finish(id, tell) {
   watched = null;
   change({ preview: null });
   if (job.state === "done") await open(job);
-  const words = { done: "Done.", failed: `It failed: ${job.error}`, cancelled: "Cancelled." }[job.state] ?? "";
+  const words = { done: "Done.", failed: "It failed.", cancelled: "Cancelled." }[job.state] ?? "";
   rest(words);
   if (job.state === "failed") showRefusal(new Error(job.error));
   tell(words);
@@ -219,7 +219,10 @@ async function reopen(job) {
   await writeRequest(await getJson(`/v1/jobs/${job.id}/request`)).catch((error) => showRefusal(error));
   if (UNFINISHED.includes(now.state)) watch(job.id, tellAll);
   else if (now.state === "done") await open(now);
-  else rest(now.state === "failed" ? `It failed: ${now.error}` : "It was cancelled.");
+  else {
+    rest(now.state === "failed" ? "It failed." : "It was cancelled.");
+    if (now.error) showRefusal(new Error(now.error));
+  }
   const fragment = readFragment();
   fragment.set("job", job.id);
   writeFragment(fragment);

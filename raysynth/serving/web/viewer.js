@@ -271,7 +271,7 @@ export function makeViewer(canvas, view, scene, axis = 0) {
       write(`${NAMES[axis]} ${view.at[axis] + 1}/${volume.shape[axis]}`, 8, 16, "left");
     }
     const { low, high } = view.window;
-    write(`W ${Math.round(high - low)} L ${Math.round((high + low) / 2)}`, 8, height - 8, "left");
+    if (width > 320) write(`W ${Math.round(high - low)} L ${Math.round((high + low) / 2)}`, 8, height - 8, "left");
     const value = hover && valueAt(volume, hover);
     if (value !== null && value !== undefined) write(`${value} ${unit ?? "HU"}`, width - 8, height - 8, "right");
   }
