@@ -12,6 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from raysynth.errors import InputError
+from raysynth.serving.pages import pages
 from raysynth.serving.quotas import OverQuota
 from raysynth.serving.runner import Busy
 from raysynth.serving.schemas import BatchIn, Problem, SampleIn
@@ -101,13 +102,14 @@ class Limits:
 
 
 def make_api() -> FastAPI:
-    """An application without routes."""
+    """An application with no routes but those of the web pages."""
     api = FastAPI(
         title="raysynth",
         version="1",
         summary="Synthetic lung CT. Research only: whatever comes from here shows no patient.",
     )
     api.add_middleware(Limits)
+    api.include_router(pages)
 
     @api.exception_handler(InputError)
     async def bad_input(request: Request, error: InputError) -> JSONResponse:

@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ class Job:
         state: how far it is.
         error: why it failed.
         key: the client's idempotency key.
+        asked_at: when it came, in seconds since 1970; None: an earlier version took it.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Job:
     state: State = "waiting"
     error: str | None = None
     key: str | None = None
+    asked_at: float | None = None
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -82,7 +85,9 @@ class JobFolder:
             if (known := self.with_key(owner, key)) is not None:
                 return known, False
             number = max((job.number for job in self.jobs.values()), default=0) + 1
-            job = Job(secrets.token_hex(16), owner, number, kind, body, key=key)
+            job = Job(
+                secrets.token_hex(16), owner, number, kind, body, key=key, asked_at=time.time()
+            )
             self._write(job)
             self._make_room()
         return job, True

@@ -18,10 +18,10 @@ from raysynth.errors import InputError
 FOLDER, TOKENS_FILE = "serving", "tokens.json"
 """Below a recipe's work_dir; the file within it."""
 
-Scope = Literal["draw", "batch", "metrics"]
-"""Samples, jobs and uploads; runs that land in the store; running metrics."""
+Scope = Literal["draw", "batch", "metrics", "store"]
+"""Samples, jobs and uploads; runs that land in the store; running metrics; what the store holds."""
 
-SCOPES: tuple[Scope, ...] = ("draw", "batch", "metrics")
+SCOPES: tuple[Scope, ...] = ("draw", "batch", "metrics", "store")
 
 
 class Grant(BaseModel):
