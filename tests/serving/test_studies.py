@@ -26,6 +26,7 @@ from raysynth.session import connect
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 from storage_schema.v1 import SPLITS
+from tests.browser import FAINT, UNNAMED, Page, browser, needs_chromium
 from tests.sampling.crashing_run import drawing_config, make_bundle
 
 pytestmark = pytest.mark.ray
@@ -313,7 +314,6 @@ def test_bad_answers_are_refused_and_nothing_is_kept(client: Client) -> None:
     for path, body, status, words in (
         (of_ben, {"answer": "real"}, 409, "none of your items"),
         (after, {"answer": "real"}, 409, "answer those before it first"),
-        ("/v1/reader/items/..", {"answer": "real"}, 404, ""),
         ("/v1/reader/items/x", {"answer": "real"}, 422, "item_id"),
         (own, {"answer": "perhaps"}, 422, "answer"),
         (own, {"answer": "real", "rating": 3}, 422, "rating: this study asks for none"),
@@ -344,3 +344,98 @@ def test_a_lost_link_is_replaced_and_a_study_removed(client: Client) -> None:
     client.remove_study(study["id"])
     assert new.send("GET", "/v1/reader")[0] == 401
     assert study["id"] not in [one["id"] for one in client.studies()]
+
+
+def seen_well(page: Page) -> None:
+    """Whatever is in sight has a name and can be read."""
+    assert page.evaluate(UNNAMED) == []
+    assert page.evaluate(FAINT) == []
+
+
+def next_focus(page: Page) -> str:
+    page.press("Tab")
+    focused = "document.activeElement"
+    return str(page.evaluate(f"{focused}.id || {focused}.dataset.answer || {focused}.tagName"))
+
+
+@needs_chromium
+def test_a_reader_answers_by_keyboard_and_the_owner_sees_what_it_shows(
+    config: ExperimentConfig, client: Client, tmp_path: Path
+) -> None:
+    wanted = WANTED | {"readers": ["anna"], "per_kind": 8, "title": "In a browser"}
+    study = client.make_study(**wanted)
+    link, total = links(study)["anna"], 22  # 2 for calibration, 16 that count, 4 of them twice
+    with browser(tmp_path) as open_page:
+        page = open_page()
+        page.goto(URL + link)
+        page.wait_for("document.body.dataset.ready")
+        seen_well(page)
+        assert "is not told" in page.text("#start")
+        page.evaluate("document.querySelector('#consent').focus()")
+        page.press(" ")
+        assert next_focus(page) == "begin"
+        page.press("Enter")
+        for place in range(total):
+            item = str(page.wait_for("document.body.dataset.item"))
+            if place in (0, 5):
+                seen_well(page)
+                assert [next_focus(page) for _ in range(2)] == ["real", "synthetic"]
+            if place == 9:
+                where = page.text("#place")
+                page.reload()
+                assert page.wait_for("document.body.dataset.item") == item
+                assert page.text("#place") == where == "Image 8 of 20"
+                page.click("#pause")
+                seen_well(page)
+                assert "image 8 of 20" in page.text("#paused")
+                page.press("Enter")
+            page.press("Enter")  # nothing is chosen: nothing happens
+            page.press("s" if place % 3 else "r")
+            page.press("Enter")
+            if place < 2:
+                page.wait_for("!document.querySelector('#truth').hidden")
+                assert page.text("#truth").startswith("It is ")
+                page.press("Enter")
+            gone = f"document.body.dataset.item !== '{item}'"
+            page.wait_for(f"{gone} || !document.querySelector('#finish').hidden")
+        page.wait_for("!document.querySelector('#finish').hidden")
+        seen_well(page)
+        assert page.problems == []
+
+        page.goto(f"{URL}/reader/results#token={client.token}&study={study['id']}")
+        page.wait_for("document.querySelector('#verdict') !== null")
+        seen_well(page)
+        found = client.study(study["id"])["found"]
+        right = f"{found['pooled']['share']:.3f} ({found['pooled']['right']} of 16)"
+        assert right in page.text("#readers")
+        assert found["sentences"][1] in page.text("#verdict")
+        assert "token=" not in page.evaluate("location.href")
+        page.click("#download")
+        (saved,) = wait_for_files(tmp_path, "reader-study-*.csv")
+        assert saved.read_text() == client.study_answers(study["id"])
+        assert asdict(reader_study(saved))["verdict"] == found["verdict"]
+        assert len(saved.read_text().splitlines()) == 1 + 20
+
+        page.click("#new-study")
+        page.wait_for("document.querySelector('#runs').children.length > 0")
+        page.fill("[name=per_kind]", "400")
+        page.click("#make-submit")
+        page.wait_for("document.querySelector('#make-error').textContent !== ''")
+        assert page.evaluate("document.activeElement.name") == "per_kind"
+        assert [one for one in page.problems if "422" not in one] == []
+        page.fill("[name=per_kind]", "4")
+        page.click("#make-submit")
+        page.wait_for("document.querySelector('dialog.links') !== null")
+        seen_well(page)
+        shown = str(page.evaluate("document.querySelector('.links input').value"))
+        assert ReaderClient(shown).where()["total"] == 12
+        hosts = {one.split("/")[2] for one in page.requests if one.startswith("http")}
+        assert hosts == {f"127.0.0.1:{PORT}"}
+
+
+def wait_for_files(folder: Path, pattern: str) -> list[Path]:
+    for _ in range(100):
+        if found := list(folder.glob(pattern)):
+            return found
+        time.sleep(0.1)
+    return []

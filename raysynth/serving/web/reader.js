@@ -65,7 +65,7 @@ function show(name) {
 }
 
 function showProblem(error) {
-  $("problem-words").textContent = error.message;
+  $("problem-words").textContent = error.message.replace(/^./, (letter) => letter.toUpperCase());
   show("problem");
 }
 
@@ -220,7 +220,7 @@ async function resume() {
 }
 
 function pause() {
-  $("paused-place").textContent = `You are at: ${placeWords()}.`;
+  $("paused-place").textContent = `You are at ${placeWords().replace(/^./, (letter) => letter.toLowerCase())}.`;
   show("paused");
   $("resume").focus();
 }

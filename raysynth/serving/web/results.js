@@ -20,7 +20,13 @@ let current = null; // id of the study in sight
 const share = (value) => value.toFixed(3);
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
 const range = ([low, high], write = share) => `${write(low)} to ${write(high)}`;
+const two = (value) => value.toFixed(2).replace("-", "−");
 const when = (seconds) => new Date(1000 * seconds).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+const day = (seconds) => new Date(1000 * seconds).toLocaleDateString(undefined, { dateStyle: "medium" });
+const percent = (progress) => {
+  const [answered, total] = ["answered", "total"].map((name) => progress.reduce((sum, one) => sum + one[name], 0));
+  return Math.floor((100 * answered) / total);
+};
 const tell = (words) => ($("told").textContent = words);
 
 async function attempt(place, act) {
@@ -37,11 +43,9 @@ async function attempt(place, act) {
 async function loadList() {
   const studies = await getJson("/v1/studies");
   $("names").replaceChildren(...studies.map((study) => {
-    const answered = study.progress.reduce((sum, one) => sum + one.answered, 0);
-    const total = study.progress.reduce((sum, one) => sum + one.total, 0);
     const button = make("button", { type: "button", onclick: () => attempt("list-error", () => open(study.id)) },
       make("span", {}, study.wanted.title),
-      make("span", { className: "hint" }, `${when(study.made_at)} · ${Math.round((100 * answered) / total)} % answered`));
+      make("span", { className: "hint" }, `${day(study.made_at)} · ${percent(study.progress)} % answered`));
     if (study.id === current) button.setAttribute("aria-current", "true");
     return make("li", {}, button);
   }));
@@ -92,12 +96,15 @@ function verdict(found) {
 
 function limits(found) {
   const parts = [limit("Right answers against chance", found.choice)];
-  if (found.rating) parts.push(limit("Ratings of synthetic against real images", found.rating));
+  if (found.rating) {
+    parts.push(limit("Ratings of synthetic against real images", found.rating,
+      ` Rank-sum test of the images' means: p ${found.ratings.p.toPrecision(2)} (${found.ratings.method}).`));
+  }
   return make("div", { className: "limits" }, ...parts);
 }
 
 // The estimate with its intervals, and the zone in which a difference does not matter.
-function limit(title, { estimate, interval90, interval95, delta, verdict: words }) {
+function limit(title, { estimate, interval90, interval95, delta, verdict: words }, more = "") {
   const reach = 1.15 * Math.max(2 * delta, ...interval95.map(Math.abs), Math.abs(estimate));
   const x = (value) => 200 + (190 * value) / reach;
   const line = (name, from, to, y, y2 = y) => draw("line", { class: name, x1: x(from), x2: x(to), y1: y, y2 });
@@ -114,7 +121,7 @@ function limit(title, { estimate, interval90, interval95, delta, verdict: words 
     write(-delta, 69), write(0, 69), write(delta, 69));
   return make("figure", {}, make("h3", {}, title), picture,
     make("figcaption", { className: "number" }, `${signed(estimate)}; 90 % interval ${range(interval90, signed)}, 95 % ${range(interval95, signed)}. `,
-      make("strong", {}, VERDICTS[words][0]), ` within ±${delta}, fixed beforehand.`));
+      make("strong", {}, VERDICTS[words][0]), ` within ±${delta}, fixed beforehand.${more}`));
 }
 
 function draw(tag, attributes, ...children) {
@@ -128,33 +135,32 @@ function facts(found, delta) {
   const { pooled } = found;
   const rows = [
     ["Right answers, all readers", `${(100 * pooled.share).toFixed(1)} %`, `${pooled.right} of ${pooled.answers}; 95 % ${range(pooled.interval)}`],
-    ["Sensitivity d′", pooled.d_prime.value.toFixed(2), `95 % ${range(pooled.d_prime.interval, (value) => value.toFixed(2))}; 0: they look alike`],
-    ["Agreement between readers", found.between_readers === null ? "–" : found.between_readers.toFixed(2), "Fleiss' kappa; 0: by chance alone, 1: full"],
-    ["Power for equivalence", `${(100 * found.power).toFixed(0)} %`, `${pooled.answers} answers within ±${delta} if readers guess, were they independent; ${ANSWERS_FOR_POWER} give 80 %`],
+    ["Sensitivity d′", two(pooled.d_prime.value), `95 % ${range(pooled.d_prime.interval, two)}; 0: they look alike`],
+    ["Readers’ agreement", found.between_readers === null ? "–" : two(found.between_readers), "Fleiss’ kappa; 0: by chance alone, 1: full"],
+    ["Power for equivalence", `${(100 * found.power).toFixed(0)} %`, `of ${pooled.answers} independent answers, within ±${delta}, if readers guess; ${ANSWERS_FOR_POWER} give 80 %`],
   ];
-  if (found.ratings) rows.push(["Ratings, rank-sum test", `p ${found.ratings.p.toPrecision(2)}`, found.ratings.method]);
   return make("div", { className: "facts" }, ...rows.map(([name, value, words]) => make("div", {},
     make("h3", {}, name), make("p", { className: "value number" }, value), make("p", { className: "hint" }, words))));
 }
 
 function readers(study, found) {
   const row = (name, progress, given, again, last, kind = "") => make("tr", { className: kind },
-    make("th", { scope: "row" }, name), make("td", { className: "number" }, progress),
-    make("td", { className: "number" }, given ? `${share(given.share)} (${given.right} of ${given.answers})` : "–"),
-    make("td", { className: "number" }, given ? range(given.interval) : "–"),
-    make("td", { className: "number" }, given ? `${given.d_prime.value.toFixed(2)} (${range(given.d_prime.interval, (value) => value.toFixed(2))})` : "–"),
-    make("td", { className: "number" }, again ? `${share(again.agreed)} of ${again.items}, kappa ${again.kappa.toFixed(2)}` : "–"),
-    make("td", {}, last));
+    make("th", { scope: "row" }, name), ...[
+      progress,
+      given ? `${share(given.share)} (${given.right} of ${given.answers})` : "–",
+      given ? range(given.interval) : "–",
+      given ? `${two(given.d_prime.value)} (${range(given.d_prime.interval, two)})` : "–",
+      again ? `${share(again.agreed)} of ${again.items}` : "–",
+      again ? two(again.kappa) : "–",
+      last,
+    ].map((content) => make("td", { className: "number" }, content)));
   const rows = study.progress.map((one) => row(one.reader, `${one.answered} of ${one.total}`,
     found?.readers[one.reader], found?.within_reader[one.reader],
     make("button", { type: "button", "aria-label": `New link for ${one.reader}`, onclick: () => attempt("study-error", () => newLink(study, one.reader)) }, "New link")));
-  if (found) {
-    const answered = study.progress.reduce((sum, one) => sum + one.answered, 0);
-    const total = study.progress.reduce((sum, one) => sum + one.total, 0);
-    rows.push(row("All readers", `${answered} of ${total}`, found.pooled, null, "", "all"));
-  }
+  if (found && rows.length > 1) rows.push(row("All readers", `${percent(study.progress)} %`, found.pooled, null, "", "all"));
+  const names = ["Reader", "Answered", "Right", "95 % interval", "d′ (95 %)", "Same on repeats", "Kappa", "Link"];
   return make("div", {}, make("h3", {}, "Readers"), make("table", { id: "readers" },
-    make("thead", {}, make("tr", {}, ...["Reader", "Answered", "Right", "95 % interval", "d′ (95 %)", "Agrees with own repeats", "Link"].map((name) => make("th", { scope: "col" }, name)))),
+    make("thead", {}, make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name)))),
     make("tbody", {}, ...rows)));
 }
 
