@@ -209,7 +209,8 @@ def token(
     recipe: Recipe,
     owner: Annotated[str, typer.Option(help="Who will use it; an old token of theirs ends.")],
     scope: Annotated[
-        list[str] | None, typer.Option(help="draw, batch or metrics; repeat it. None: all.")
+        list[str] | None,
+        typer.Option(help="draw, batch, metrics, store or study; repeat it. None: all."),
     ] = None,
     requests_per_minute: Annotated[int, typer.Option(min=1)] = 6000,
     max_unfinished: Annotated[int, typer.Option(min=1, help="Samples under way at a time.")] = 256,

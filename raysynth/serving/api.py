@@ -16,6 +16,7 @@ from raysynth.serving.pages import pages
 from raysynth.serving.quotas import OverQuota
 from raysynth.serving.runner import Busy
 from raysynth.serving.schemas import BatchIn, Problem, SampleIn
+from raysynth.serving.study_items import StudyIn
 
 MAX_BODY_BYTES = 4_000_000
 """Of a request, refused before anything is decoded."""
@@ -45,7 +46,10 @@ HEADERS = {
 }
 """Of every answer: nobody guesses its type, frames it, or keeps it."""
 
-_FIELDS = set(SampleIn.model_fields) | set(BatchIn.model_fields) | {"body", "content-type"}
+_FIELDS = {
+    *(name for body in (SampleIn, BatchIn, StudyIn) for name in body.model_fields),
+    *("body", "content-type", "rating", "reader"),
+}
 
 
 def problem(

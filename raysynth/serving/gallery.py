@@ -151,7 +151,7 @@ def reference_page(config: ExperimentConfig, wanted: Wanted) -> SamplesOut:
     if wanted.found is not None or wanted.flagged is not None or wanted.by != "row":
         raise InputError("found, flagged and by: these are known of synthetic runs alone")
     samples = _set(config, f"samples/{config.samples.name}")
-    scores = _median_scores(samples.index["ratings"])
+    scores = median_scores(samples.index["ratings"])
     rows = np.flatnonzero(_fitting(samples, scores, wanted))
     page = rows[wanted.first : wanted.first + wanted.count]
     return SamplesOut(
@@ -233,7 +233,7 @@ def _fitting(samples: SampleSet, scores: NDArray[np.uint8], wanted: Wanted) -> N
     return fits
 
 
-def _median_scores(ratings: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def median_scores(ratings: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Medians over the readers (n, 5), rounded down; 0 where nobody gave a score."""
     given = np.where(ratings == 0, np.nan, ratings)[:, :, list(CONDITION_COLUMNS)]
     rated = ~np.isnan(given).all(axis=1)

@@ -64,11 +64,14 @@ from raysynth.serving.schemas import (
     UploadOut,
 )
 from raysynth.serving.store_routes import StoreRoutes, store_routes
+from raysynth.serving.studies import StudyFolder
+from raysynth.serving.study_routes import StudyRoutes, study_routes
 from raysynth.serving.tokens import Grant, Scope, load_tokens, owner_of
 from raysynth.serving.uploads import UploadFolder
 
 api = make_api()
 api.include_router(store_routes)
+api.include_router(study_routes)
 
 METRICS = {
     "raysynth_gateway_requests_total": "Requests that were let in, by kind",
@@ -107,8 +110,8 @@ def _land(config: ExperimentConfig, name: str, orders: list[Order], paths: list[
 
 @serve.deployment(name="gateway")
 @serve.ingress(api)
-class Gateway(StoreRoutes):
-    """Checks requests and hands them to replicas; keeps jobs and uploads."""
+class Gateway(StoreRoutes, StudyRoutes):
+    """Checks requests and hands them to replicas; keeps jobs, uploads and reader studies."""
 
     def __init__(
         self,
@@ -122,6 +125,8 @@ class Gateway(StoreRoutes):
         self.folder = service_folder(config)
         self.jobs = JobFolder(self.folder / "jobs", config.serving.keep_results)
         self.uploads = UploadFolder(self.folder / "uploads", config.serving.keep_results)
+        self.studies = StudyFolder(self.folder / "studies")
+        self.making = asyncio.Lock()
         self.quotas = Quotas()
         self.going: dict[str, Progress] = {}
         self.num_awaited = 0

@@ -124,7 +124,7 @@ class JobFolder:
         """Writes a sample of a job; durable when this returns."""
         path = self.sample_path(job_id, row)
         path.parent.mkdir(exist_ok=True)
-        _write_synced(path, packed)
+        write_synced(path, packed)
 
     def sample_path(self, job_id: str, row: int) -> Path:
         """Where a sample of a job is, once it is drawn."""
@@ -135,7 +135,7 @@ class JobFolder:
         shutil.rmtree(self.path / job_id, ignore_errors=True)
 
     def _write(self, job: Job) -> None:
-        _write_synced(self.path / f"{job.id}.json", json.dumps(asdict(job)).encode())
+        write_synced(self.path / f"{job.id}.json", json.dumps(asdict(job)).encode())
         self.jobs[job.id] = job
 
     def _make_room(self) -> None:
@@ -146,7 +146,8 @@ class JobFolder:
             (self.path / f"{job.id}.json").unlink()
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
+    """Replaces a file in one step; it is on the disk when this returns."""
     scratch = path.with_name(f".{path.name}")
     with scratch.open("wb") as file:
         file.write(content)

@@ -39,6 +39,18 @@ async def studio(known: KnownTag = "") -> Response:
     return page("studio.html", known)
 
 
+@pages.get("/reader")
+async def reader(known: KnownTag = "") -> Response:
+    """Where a reader of a study answers: all that is told of them stands behind the address's #."""
+    return page("reader.html", known)
+
+
+@pages.get("/reader/results")
+async def results(known: KnownTag = "") -> Response:
+    """Where the owner of reader studies makes and evaluates them."""
+    return page("results.html", known)
+
+
 @pages.get("/web/{name}")
 async def part(name: str, known: KnownTag = "") -> Response:
     """A script, a style or a picture of a page."""

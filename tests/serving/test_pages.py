@@ -14,7 +14,9 @@ def client() -> TestClient:
     return TestClient(make_api())
 
 
-@pytest.mark.parametrize("path", ["/studio", *(f"/web/{name}" for name in FILES)])
+@pytest.mark.parametrize(
+    "path", ["/studio", "/reader", "/reader/results", *(f"/web/{name}" for name in FILES)]
+)
 def test_pages_run_nothing_but_their_own_files(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 200
