@@ -48,7 +48,7 @@ def nifti_files(folder: Path, facts: RunFacts) -> Iterator[Write]:
         )
         for ending, content, values in parts:
             path = folder / f"{sample.name}{ending}.nii.gz"
-            geometry = _affine(facts.spacing_mm).ravel().tolist()
+            geometry = nifti_affine(facts.spacing_mm).ravel().tolist()
             own = sealed(sample.passport, content, values, geometry)
             write_nifti(path, values, facts.spacing_mm, is_mixed=sample.is_mixed, passport=own)
         text = json.dumps(sealed(sample.passport, "text"), indent=1, allow_nan=False) + "\n"
@@ -69,10 +69,10 @@ def nifti_files(folder: Path, facts: RunFacts) -> Iterator[Write]:
 def nifti_image(
     values: NDArray[Any],
     spacing_mm: tuple[float, float],
-    is_mixed: bool,
+    is_mixed: bool | None,
     passport: Passport | None = None,
 ) -> nibabel.Nifti1Image:
-    """A sample as NIfTI, marked as synthetic.
+    """A sample as NIfTI; a synthetic one is marked.
 
     A volume, or a plane as one, in LPS as samples are; NIfTI counts x and y the other way. Both of
     its forms, sform and qform, are set.
@@ -80,16 +80,17 @@ def nifti_image(
     Args:
         values: (z, y, x) or (y, x).
         spacing_mm: between planes, and of a pixel.
-        is_mixed: whether some are copied from a real scan.
+        is_mixed: whether some are copied from a real scan; None: all are, and nothing is synthetic.
         passport: sealed; None: it carries none.
     """
-    affine = _affine(spacing_mm)
+    affine = nifti_affine(spacing_mm)
     volume = values if values.ndim == 3 else values[None]
     image = nibabel.Nifti1Image(volume.T, affine)  # type: ignore[no-untyped-call]
     image.set_sform(affine, SCANNER)  # type: ignore[no-untyped-call]
     image.set_qform(affine, SCANNER)  # type: ignore[no-untyped-call]
     image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
-    image.header["descrip"] = WITH_REAL_PIXELS if is_mixed else DESCRIPTION
+    if is_mixed is not None:
+        image.header["descrip"] = WITH_REAL_PIXELS if is_mixed else DESCRIPTION
     if passport is not None:
         image.header.extensions.append(Nifti1Extension(COMMENT, packed(passport)))
     return image
@@ -110,7 +111,8 @@ def write_nifti(
     os.replace(part, path)
 
 
-def _affine(spacing_mm: tuple[float, float]) -> NDArray[np.float64]:
+def nifti_affine(spacing_mm: tuple[float, float]) -> NDArray[np.float64]:
+    """From the indices of `nifti_image`'s voxels to millimetres, (4, 4)."""
     depth_mm, pixel_mm = spacing_mm
     return np.diag([-pixel_mm, -pixel_mm, depth_mm, 1.0])
 

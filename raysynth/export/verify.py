@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from raysynth.errors import InputError
 from raysynth.export.bundle import PASSPORT
@@ -101,10 +104,22 @@ def _read(path: Path) -> tuple[Any, ...]:
         return nifti_passport(path)
     if name.endswith(".png"):
         return png_passport(path)
+    if name.endswith(".npz"):
+        return _read_npz(path)
     if name.endswith(".json"):
         with path.open("rb") as file:
             return (unpacked(file.read(MAX_BYTES + 1)),)
     return (None,)
+
+
+def _read_npz(path: Path) -> tuple[Any, ...]:
+    """Of a sample as the service sends it."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(one.file_size for one in archive.infolist())
+    if size > 2 * MAX_VOXELS:
+        raise InputError(f"{path}: {size:,} bytes")
+    with np.load(path, allow_pickle=False) as arrays:
+        return unpacked(str(arrays["facts"])), arrays["hu"]
 
 
 def _check_bundle(path: Path) -> Checked:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import Header, Path, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from raysynth.export.passport import sealed
 from raysynth.serving.arrays import NIFTI, NPZ, PNG, nifti_of, npz_of, png_of
 from raysynth.serving.schemas import Problem
 
@@ -38,7 +39,7 @@ def wanted_media(accept: str, default: str) -> str:
 
 
 def packed_sample(media: str, hu: Any, about: dict[str, Any], **more: Any) -> Response:
-    """A sample as a client wants it; its headers say whether it is synthetic.
+    """A sample as a client wants it; headers and file say whether it is synthetic.
 
     Args:
         media: its type.
@@ -49,11 +50,13 @@ def packed_sample(media: str, hu: Any, about: dict[str, Any], **more: Any) -> Re
     told = {"Seed": "seed", "Bundle": "bundle", "Batch-Shape": "batch_shape"}
     headers = {f"X-Raysynth-{name}": str(about[key]) for name, key in told.items() if key in about}
     headers["X-Raysynth-Synthetic"] = "yes" if about["synthetic"] else "no"
+    passport = about if about["synthetic"] else None
     if media == PNG:
-        content = png_of(hu, about["window_hu"])
+        content = png_of(hu, about["window_hu"], passport)
     elif media == NIFTI:
         spacing_mm = (about["depth_mm"], about["pixel_mm"])
-        content = nifti_of(hu, spacing_mm, has_real_pixels=about.get("copied_fraction", 1) > 0)
+        is_mixed = about["copied_fraction"] > 0 if about["synthetic"] else None
+        content = nifti_of(hu, spacing_mm, is_mixed, passport)
     else:
-        content = npz_of(hu, about, **more)
+        content = npz_of(hu, about if passport is None else sealed(about, "image", hu), **more)
     return Response(content, media_type=media, headers=headers)

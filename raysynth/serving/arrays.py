@@ -18,7 +18,9 @@ from imagecodecs import png_check, png_decode, png_encode
 from numpy.typing import NDArray
 
 from raysynth.errors import InputError, UnreadableCase
-from raysynth.export.nifti import nifti_image
+from raysynth.export.nifti import nifti_affine, nifti_image
+from raysynth.export.passport import Passport, sealed
+from raysynth.export.png import in_window, png_bytes
 from raysynth.formats.image import read_image
 from raysynth.formats.nifti import nifti_shape
 
@@ -192,28 +194,38 @@ def of_npz(packed: bytes) -> tuple[NDArray[np.int16], dict[str, Any]]:
         return arrays["hu"], json.loads(str(arrays["facts"]))
 
 
-def png_of(hu: NDArray[np.int16], window_hu: tuple[float, float]) -> bytes:
+def png_of(
+    hu: NDArray[np.int16], window_hu: tuple[float, float], passport: Passport | None = None
+) -> bytes:
     """A slice as a grey PNG of 8 bits; of a volume the middle plane.
 
     Args:
         hu: the sample.
         window_hu: HU of black and white.
+        passport: of a synthetic one; the file carries it.
     """
-    plane = hu[len(hu) // 2] if hu.ndim == 3 else hu
-    low, high = window_hu
-    grey = (np.clip((plane - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
-    return bytes(png_encode(grey))
+    grey = in_window(hu[len(hu) // 2] if hu.ndim == 3 else hu, window_hu)
+    if passport is None:
+        return bytes(png_encode(grey))
+    return png_bytes(grey, sealed(passport, "preview", grey))
 
 
 def nifti_of(
-    hu: NDArray[np.int16], spacing_mm: tuple[float, float], *, has_real_pixels: bool
+    hu: NDArray[np.int16],
+    spacing_mm: tuple[float, float],
+    is_mixed: bool | None,
+    passport: Passport | None = None,
 ) -> bytes:
     """A sample as gzipped NIfTI-1, as exports have it.
 
     Args:
         hu: a volume (z, y, x), or a slice.
         spacing_mm: between planes, and of a pixel.
-        has_real_pixels: whether part of it was copied.
+        is_mixed: whether part of it was copied from a real scan; None: all of it.
+        passport: of a synthetic one; the file carries it.
     """
-    image = nifti_image(hu, spacing_mm, has_real_pixels)
+    own = None
+    if passport is not None:
+        own = sealed(passport, "image", hu, nifti_affine(spacing_mm).ravel().tolist())
+    image = nifti_image(hu, spacing_mm, is_mixed, own)
     return gzip.compress(image.to_bytes(), 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import zipfile
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from imagecodecs import png_encode
 
 from raysynth.errors import InputError
+from raysynth.export.verify import verify
+from raysynth.serving.answers import packed_sample
 from raysynth.serving.arrays import MAX_VOXELS, NIFTI, NPZ, PNG, nifti_of, read_array
 
 
@@ -24,7 +27,7 @@ def npz(**arrays: np.ndarray) -> bytes:
 def test_round_trips_keep_every_voxel() -> None:
     rng = np.random.default_rng(0)
     hu = rng.integers(-1000, 1000, (5, 6, 7)).astype(np.int16)
-    sent = read_array(nifti_of(hu, (2.0, 0.5), has_real_pixels=False), NIFTI)
+    sent = read_array(nifti_of(hu, (2.0, 0.5), False), NIFTI)
     np.testing.assert_array_equal(sent.values, hu)
     assert sent.spacing_mm == pytest.approx((2.0, 0.5, 0.5))
     np.testing.assert_array_equal(read_array(npz(array=hu), NPZ).values, hu)
@@ -85,3 +88,23 @@ def test_a_small_nifti_of_a_large_volume_is_refused_unread() -> None:
     packed = gzip.compress(header.binaryblock + bytes(10_000))
     with pytest.raises(InputError, match="values at most"):
         read_array(packed, NIFTI)
+
+
+ABOUT = {
+    "seed": 3,
+    "bundle": "b" * 64,
+    "window_hu": (-1000, 400),
+    "depth_mm": 2.0,
+    "pixel_mm": 0.5,
+    "copied_fraction": 0.0,
+}
+
+
+@pytest.mark.parametrize(("media", "ending"), [(PNG, "png"), (NPZ, "npz"), (NIFTI, "nii.gz")])
+def test_what_is_sent_carries_its_passport(media: str, ending: str, tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 400, (8, 9)).astype(np.int16)
+    for kind, verdict in ((True, "valid"), (False, "unmarked")):
+        answer = packed_sample(media, hu, ABOUT | {"synthetic": kind})
+        (tmp_path / f"sample.{ending}").write_bytes(bytes(answer.body))
+        (found,) = verify(tmp_path / f"sample.{ending}")
+        assert found.verdict == verdict
