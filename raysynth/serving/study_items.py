@@ -19,7 +19,7 @@ from raysynth.serving.answers import NAME
 from raysynth.serving.gallery import median_scores
 from raysynth.serving.schemas import MAX_SEED, Strict
 from raysynth.store.reader import SampleSet, open_group
-from raysynth.store.repository import main_snapshot, open_root
+from raysynth.store.repository import open_root
 from storage_schema.v1 import SPLITS
 
 MAX_STUDY_BYTES = 2**30
@@ -110,7 +110,7 @@ def choose_items(config: ExperimentConfig, wanted: StudyIn) -> Items:
     Raises:
         InputError: there is no such run, it does not fit the real samples, or there are too few.
     """
-    root = open_root(config.store_url, main_snapshot(config.store_url))
+    root = open_root(config.store_url)
     real = SampleSet(open_group(root, f"samples/{config.samples.name}"))
     try:
         run = SampleSet(open_group(root, f"synthetic/{wanted.run}"))

@@ -12,6 +12,7 @@ from raysynth.evaluation.statistics import (
     signed_rank,
     tost,
     tost_answers,
+    tost_power,
     tost_share,
 )
 
@@ -107,6 +108,8 @@ def test_a_small_certain_difference_is_equivalent() -> None:
 
 def test_214_answers_show_equivalence_four_times_in_five() -> None:
     assert tost_answers(0.1) == 214
+    assert tost_power(214, 0.1) == pytest.approx(0.8, abs=0.002)
+    assert tost_power(10, 0.1) == 0
     answers = np.arange(215)
     shown = np.array([tost_share(int(k), 214, 0.1).verdict == "equivalent" for k in answers])
     power = stats.binom.pmf(answers, 214, 0.5)[shown].sum()

@@ -18,6 +18,7 @@ from raysynth.cli import main
 from raysynth.config import ExperimentConfig
 from raysynth.data.ingest import ingest
 from raysynth.data.shard import shard
+from raysynth.errors import InputError
 from raysynth.serving.app import application
 from raysynth.serving.client import Client, Refused
 from raysynth.serving.study_items import StudyIn, choose_items
@@ -190,6 +191,15 @@ def test_items_are_real_and_drawn_ones_of_the_store(
     np.testing.assert_array_equal(items.images, again.images)
     other = choose_items(config, StudyIn(**WANTED | {"seed": 4}))
     assert (items.images != other.images).any()
+
+
+def test_samples_of_another_size_are_refused(config: ExperimentConfig, client: Client) -> None:
+    samples = config.data.samples.model_copy(update={"name": "small", "size": 16})
+    data = config.data.model_copy(update={"samples": samples})
+    other = config.model_copy(update={"data": data})
+    shard(other)
+    with pytest.raises(InputError, match="run: shown has another size"):
+        choose_items(other, StudyIn(**WANTED))
 
 
 def test_matched_items_have_the_same_properties(config: ExperimentConfig, client: Client) -> None:
@@ -413,7 +423,6 @@ def test_a_reader_answers_by_keyboard_and_the_owner_sees_what_it_shows(
         page.click("#download")
         (saved,) = wait_for_files(tmp_path, "reader-study-*.csv")
         assert saved.read_text() == client.study_answers(study["id"])
-        assert asdict(reader_study(saved))["verdict"] == found["verdict"]
         assert len(saved.read_text().splitlines()) == 1 + 20
 
         page.click("#new-study")
