@@ -79,6 +79,7 @@ def export(
     """Writes samples, or the bundle that drew them, for others, if their audit lets them leave."""
     from raysynth.errors import InputError
     from raysynth.export.bundle import export_bundle
+    from raysynth.export.dicom import dicom_files
     from raysynth.export.nifti import nifti_files
     from raysynth.export.plain_zarr import zarr_files
     from raysynth.export.png import png_files
@@ -87,7 +88,12 @@ def export(
     config, folder = config.absolute(), folder.absolute()
     if file_format == "bundle":
         return asdict(export_bundle(config, folder, without_audit))
-    formats = {"nifti": nifti_files, "png": png_files, "zarr": zarr_files}
+    formats = {
+        "nifti": nifti_files,
+        "dicom": dicom_files,
+        "png": png_files,
+        "zarr": zarr_files,
+    }
     if file_format not in formats:
         raise InputError(f"--format {file_format}: there are {', '.join([*formats, 'bundle'])}")
     written = export_samples(config, folder, file_format, formats[file_format], without_audit)

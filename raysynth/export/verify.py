@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raysynth.errors import InputError
+from raysynth.errors import InputError, UnreadableCase
 from raysynth.export.bundle import PASSPORT
+from raysynth.export.dicom import REST, read_marks
 from raysynth.export.nifti import nifti_passport
 from raysynth.export.passport import MAX_BYTES, Passport, flaw, unpacked
 from raysynth.export.plain_zarr import zarr_passports
@@ -78,7 +79,11 @@ def _walk(path: Path) -> Iterator[Checked]:
 
 def _check_file(path: Path) -> Checked:
     try:
+        if path.name.lower().endswith(".dcm"):
+            return _check_dicom(path)
         passport, *content = _read(path)
+    except UnreadableCase as error:
+        return Checked(str(path), "unmarked", f"it is no export ({error})")
     except Exception as error:  # whatever a reader finds in a file that somebody altered
         return Checked(str(path), "altered", f"it cannot be read ({type(error).__name__})")
     return _judged(str(path), passport, *content)
@@ -110,6 +115,15 @@ def _read(path: Path) -> tuple[Any, ...]:
         with path.open("rb") as file:
             return (unpacked(file.read(MAX_BYTES + 1)),)
     return (None,)
+
+
+def _check_dicom(path: Path) -> Checked:
+    marks = read_marks(path)
+    passport = marks.passport if marks.is_synthetic else None
+    found = _judged(str(path), passport, marks.pixels)
+    if passport is not None and not found.reason and passport.get(REST) != marks.rest:
+        return Checked(str(path), "altered", "what it says beside its passport")
+    return found
 
 
 def _read_npz(path: Path) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from PIL import Image
 from raysynth.cli import main
 from raysynth.config import AuditConfig, ExperimentConfig
 from raysynth.errors import InputError, Refused
+from raysynth.export.dicom import dicom_files
 from raysynth.export.nifti import nifti_files, nifti_passport, write_nifti
 from raysynth.export.passport import sealed
 from raysynth.export.plain_zarr import zarr_files
@@ -31,7 +32,12 @@ from storage_schema.v1 import audit
 from tests.store.conftest import make_store
 
 COUNT = 3
-FORMATS = {"nifti": nifti_files, "png": png_files, "zarr": zarr_files}
+FORMATS = {
+    "nifti": nifti_files,
+    "dicom": dicom_files,
+    "png": png_files,
+    "zarr": zarr_files,
+}
 
 
 def _config(store: Path) -> ExperimentConfig:

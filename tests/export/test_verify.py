@@ -15,6 +15,7 @@ from PIL import Image
 
 from raysynth.cli import main
 from raysynth.errors import InputError
+from raysynth.export.dicom import dicom_files
 from raysynth.export.nifti import nifti_files, nifti_passport, write_nifti
 from raysynth.export.passport import Passport, flaw, packed, sealed, unpacked
 from raysynth.export.plain_zarr import zarr_files
@@ -23,7 +24,12 @@ from raysynth.export.verify import verify
 from raysynth.export.writing import ExportedSample, Format, RunFacts
 
 COUNT = 3
-FORMATS: dict[str, Format] = {"nifti": nifti_files, "png": png_files, "zarr": zarr_files}
+FORMATS: dict[str, Format] = {
+    "nifti": nifti_files,
+    "dicom": dicom_files,
+    "png": png_files,
+    "zarr": zarr_files,
+}
 
 
 @pytest.fixture(params=FORMATS)
@@ -41,7 +47,14 @@ def write_run(folder: Path, open_format: Format) -> None:
         for number in range(COUNT):
             hu = random.integers(-1000, 400, facts.shape).astype(np.int16)
             layout = random.integers(0, 6, facts.shape).astype(np.uint8)
-            passport = {"run": "run", "row": number, "bundle": "b" * 64, "seed": number}
+            passport = {
+                "run": "run",
+                "row": number,
+                "bundle": "b" * 64,
+                "seed": number,
+                "contains_real_pixels": number == 1,
+                "passport": {"software": "raysynth 0"},
+            }
             write(ExportedSample(f"run-{number}", number, hu, layout, number == 1, passport))
 
 
