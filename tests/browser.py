@@ -107,13 +107,13 @@ class Page:
             raise PageError(details.get("exception", {}).get("description", details["text"]))
         return answer["result"].get("value")
 
-    def wait_for(self, script: str, within_s: float = 20.0) -> Any:
+    def wait_for(self, script: str, within_s: float = 20.0) -> None:
         """Waits until an expression is true."""
         until = time.monotonic() + within_s
         while True:
             try:
-                if value := self.evaluate(script):
-                    return value
+                if self.evaluate(f"Boolean({script})"):
+                    return
             except PageError as error:
                 # The page may be between two documents.
                 if time.monotonic() > until or "context" not in str(error).lower():

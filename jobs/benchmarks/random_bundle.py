@@ -75,7 +75,7 @@ def make_bundle(
         seen_samples=0,
     )
     channels, size, *_ = facts.latent_shape
-    denoiser = build_denoiser(config.model, channels, size)
+    denoiser = build_denoiser(config.model, channels, size, spatial_dims=facts.spatial_dims)
     with torch.no_grad():
         for parameter in denoiser.parameters():  # a fresh one ends in zeros: it would hear nothing
             parameter.add_(0.05 * torch.randn_like(parameter))

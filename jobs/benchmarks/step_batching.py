@@ -4,10 +4,10 @@ python -m jobs.benchmarks.step_batching [--requests 400]
 
 Requests of 10, 20 or 50 steps arrive by chance (Poisson) at 80 % of what padded batches can do, at
 one process of one thread. Four policies serve the same arrivals with the same network: by steps
-(ours; slots from the measured batch curve), groups of equal steps, padded batches of what waits,
-and one after the other; groups and batches have rows for those they hold alone. Twice: with a
-network so small that calls cost more than arithmetic, and with one that fills the core. Then all
-requests are there at once: capacity. Decoding is the same for all and left out. Prints tables and a
+(ours, the service's own runner, slots from the measured batch curve), groups of equal steps, padded
+batches of what waits, and one after the other; groups and batches have rows for those they hold
+alone. Twice: with a network so small that calls cost more than arithmetic, and with one that fills
+the core. Then all requests are there at once: capacity. Ours alone decodes. Prints tables and a
 line of JSON; exits 1 where a target is missed or a sample is not that of a run alone.
 """
 
@@ -20,18 +20,22 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from jobs.benchmarks.random_bundle import make_bundle, slices_recipe
 from jobs.benchmarks.ratios import facts_of_run
 from raysynth.condition import Condition
-from raysynth.sampling.curve import batch_curve, slots_that_pay
+from raysynth.sampling.curve import Slots, batch_curve, slots_that_pay
 from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.engine import SampleRequest, SamplingEngine
+from raysynth.sampling.planner import NO_SOURCE, PlannedSample
+from raysynth.serving.runner import Runner
 
 STEPS = (10, 20, 50)
 SLOTS = 8
@@ -49,7 +53,7 @@ class Asked:
     request: SampleRequest
     comes: float
     done: float = 0.0
-    x_0: torch.Tensor | None = None
+    hu: NDArray[np.int16] | None = None
     batch_shape: int = 0
 
 
@@ -74,34 +78,38 @@ class Server:
 
     def run(self, group: list[Asked], num_steps: int) -> None:
         """A batch from beginning to end; rows that are through wait for the last one."""
-        engine, by_id = self.engine(len(group)), {one.request.sample_id: one for one in group}
+        engine = self.engine(len(group))
         for one in group:
             engine.admit(one.request)
         for _ in range(num_steps):
             engine.step()
-        for finished in engine.retire():
-            by_id[finished.sample_id].x_0 = finished.x_0
-            by_id[finished.sample_id].batch_shape = finished.batch_shape
+        engine.retire()
         for one in group:
             one.done = self.now
 
 
-def by_steps(server: Server, asked: list[Asked], slots: int) -> None:
-    """Requests take a free slot before the next step."""
-    engine, waiting = server.engine(slots), deque(asked)
-    by_id: dict[str, Asked] = {}
-    while waiting or engine.num_busy:
-        while waiting and waiting[0].comes <= server.now and engine.num_busy < slots:
-            one = waiting.popleft()
-            by_id[one.request.sample_id] = one
-            engine.admit(one.request)
-        if not engine.num_busy:
-            time.sleep(max(0.0, waiting[0].comes - server.now))
-            continue
-        engine.step()
-        for finished in engine.retire():
-            one = by_id.pop(finished.sample_id)
-            one.done, one.x_0, one.batch_shape = server.now, finished.x_0, finished.batch_shape
+def by_steps(server: Server, asked: list[Asked], slots: Slots) -> None:
+    """The runner of the service: requests take a free slot before the next step."""
+    runner = Runner(server.sampler.with_slots(slots.few), len(asked), slots.many)
+    tickets = []
+    for one in asked:
+        time.sleep(max(0.0, one.comes - server.now))
+        wanted = one.request
+        ticket = runner.submit(
+            wanted.sample_id,
+            wanted.seed,
+            wanted.condition,
+            num_inference_steps=wanted.num_inference_steps,
+        )
+        ticket.drawn.add_done_callback(partial(_note_end, server, one))
+        tickets.append(ticket)
+    runner.close()
+    for one, ticket in zip(asked, tickets, strict=True):
+        one.hu, one.batch_shape = ticket.drawn.result(), ticket.batch_shape
+
+
+def _note_end(server: Server, one: Asked, _: object) -> None:
+    one.done = server.now
 
 
 def in_batches(server: Server, asked: list[Asked], most: int, *, are_equal: bool) -> None:
@@ -120,7 +128,7 @@ def in_batches(server: Server, asked: list[Asked], most: int, *, are_equal: bool
         waiting = deque(one for one in waiting if id(one) not in taken)
 
 
-def policies(slots: int) -> dict[str, Callable[[Server, list[Asked]], None]]:
+def policies(slots: Slots) -> dict[str, Callable[[Server, list[Asked]], None]]:
     """By name, what serves."""
     return {
         "by steps": lambda server, asked: by_steps(server, asked, slots),
@@ -173,14 +181,15 @@ def _of_network(network: str, sampler: BundleSampler, count: int) -> tuple[objec
     curve = batch_curve(sampler, 16)
     slots = slots_that_pay(curve)
     shown = ", ".join(f"{rows}: {1e3 * seconds:.2f}" for rows, seconds in curve.items())
-    print(f"{network} network, ms of a step by sample at {shown}; {slots} slots")
+    print(f"{network} network, ms of a step by sample at {shown}")
+    print(f"slots: {slots.few} while few wait, {slots.many} for a crowd")
     server = Server(sampler)
     for rows in range(1, 2 * SLOTS + 1):
         server.engine(rows).step()  # no policy pays for the first call
     found: dict[str, dict[str, float]] = {}
     capacity: dict[str, float] = {}
     for name, policy in policies(slots).items():
-        asked = requests(sampler, max(60, count // 4), None)
+        asked = requests(sampler, count, None)
         server.started = time.perf_counter()
         policy(server, asked)
         capacity[name] = len(asked) / max(one.done for one in asked)
@@ -216,17 +225,21 @@ def _of_network(network: str, sampler: BundleSampler, count: int) -> tuple[objec
             for figure in ("p50_s", "p99_s")
         }
     misses = [f"{network}: {what}" for what, is_met in checks.items() if not is_met]
-    return {"curve": curve, "slots": slots, "wrong": wrong, "policies": found}, misses
+    return {"curve": curve, "slots": asdict(slots), "wrong": wrong, "policies": found}, misses
 
 
 def _wrong(server: Server, asked: list[Asked]) -> int:
     """Samples that are not, bit by bit, what a run alone draws at the same batch shape."""
     wrong = 0
     for one in asked:
-        engine = server.engine(one.batch_shape)
-        (alone,) = engine.run([one.request])
-        assert one.x_0 is not None
-        wrong += not torch.equal(alone.x_0, one.x_0)
+        wanted = one.request
+        sampling = server.sampler.sampling.model_copy(
+            update={"num_inference_steps": wanted.num_inference_steps}
+        )
+        alone = BundleSampler(server.sampler.bundle_path, sampling, 0).with_slots(one.batch_shape)
+        planned = PlannedSample(wanted.sample_id, wanted.seed, wanted.condition, NO_SOURCE)
+        assert one.hu is not None
+        wrong += not np.array_equal(alone.draw([planned])[0], one.hu)
     return wrong
 
 

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 
 from raysynth.sampling.draw import BundleSampler
+from raysynth.sampling.engine import SamplingEngine
 
-NUM_STEPS = 5
-"""Timed at each batch, after one that is not; fewer where they are long."""
+ROUNDS = 5
+"""Each batch is timed so often, in turn, after one step that is not; the shortest time counts."""
 
 LONG_S = 2.0
-"""A batch that has taken so long is timed, and none after it: it fills the device."""
+"""A step that takes so long fills the device: larger batches are not tried."""
 
-WORTH = 0.95
-"""A larger batch is worth its wait if it takes less than this share of the time a sample."""
+QUICK = 1.5
+"""While few wait, a sample may take so much more of the device than at the cheapest batch."""
+
+CROWDED = 1.3
+"""And batches for crowds must gain so much over that to be worth their longer steps."""
+
+WORTH = 1.05
+"""Of batches for crowds, the smallest within so much of the cheapest is taken."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many samples share a network call.
+
+    Attributes:
+        few: while few wait: short steps.
+        many: while a crowd waits: cheap samples; the same where that gains little.
+    """
+
+    few: int
+    many: int
 
 
 def batch_curve(sampler: BundleSampler, most: int) -> dict[int, float]:
@@ -30,33 +50,35 @@ def batch_curve(sampler: BundleSampler, most: int) -> dict[int, float]:
         most: slots.
     """
     sampling = sampler.sampling.model_copy(update={"compile": False})
-    curve: dict[int, float] = {}
+    one = BundleSampler(sampler.bundle_path, sampling, sampler.seed, sampler.size)
+    one.bundle = sampler.bundle
+    engines: dict[int, SamplingEngine] = {}
     slots = 1
     while slots <= most:
-        one = BundleSampler(sampler.bundle_path, sampling, sampler.seed, sampler.size)
-        one.bundle = sampler.bundle
-        curve[slots] = _seconds_a_step(one.with_slots(slots)) / slots
-        if slots * curve[slots] > LONG_S:
+        engines[slots] = one.with_slots(slots).engine(guidance_scale=1)
+        if _seconds(engines[slots]) > LONG_S:
             break
         slots *= 2
-    return curve
+    rounds = [[_seconds(engine) for engine in engines.values()] for _ in range(ROUNDS)]
+    shortest = map(min, zip(*rounds, strict=True))
+    return {slots: seconds / slots for slots, seconds in zip(engines, shortest, strict=True)}
 
 
-def slots_that_pay(curve: dict[int, float]) -> int:
-    """The fewest slots whose samples cost little more than the cheapest."""
+def slots_that_pay(curve: dict[int, float]) -> Slots:
+    """How many slots to have, by a batch curve.
+
+    A network that fills the device with one sample gets one slot: requests then wait their turn,
+    which is the quickest for them.
+    """
     cheapest = min(curve.values())
-    return min(slots for slots, seconds in curve.items() if WORTH * seconds <= cheapest)
+    few = min(slots for slots, seconds in curve.items() if seconds <= QUICK * cheapest)
+    many = min(slots for slots, seconds in curve.items() if seconds <= WORTH * cheapest)
+    return Slots(few, many if curve[few] >= CROWDED * curve[many] else few)
 
 
-def _seconds_a_step(sampler: BundleSampler) -> float:
-    engine = sampler.engine(guidance_scale=1)
-    seconds = []
-    for _ in range(1 + NUM_STEPS):
-        started = time.perf_counter()
-        engine.step()
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
-        seconds.append(time.perf_counter() - started)
-        if sum(seconds) > LONG_S:
-            break
-    return statistics.median(seconds[1:] or seconds)
+def _seconds(engine: SamplingEngine) -> float:
+    started = time.perf_counter()
+    engine.step()
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    return time.perf_counter() - started

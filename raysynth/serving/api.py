@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -28,6 +28,15 @@ UPLOADS = ("/v1/uploads", "/v1/metrics")
 """Below these paths bodies are arrays."""
 
 RETRY_AFTER_S = 2
+
+LOST = (
+    RayActorError,
+    ObjectLostError,
+    WorkerCrashedError,
+    NodeDiedError,
+    DeploymentUnavailableError,
+)
+"""What is raised where a process of the service is lost; another takes its place."""
 
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -116,11 +125,12 @@ def make_api() -> FastAPI:
     async def busy(request: Request, error: Busy) -> JSONResponse:
         return problem(503, "busy", str(error), retry_after_s=RETRY_AFTER_S)
 
-    @api.exception_handler(RayActorError)
-    @api.exception_handler(DeploymentUnavailableError)
     async def lost(request: Request, error: Exception) -> JSONResponse:
         told = "a process of the service was lost and is started again: try again later"
         return problem(503, "busy", told, retry_after_s=RETRY_AFTER_S)
+
+    for kind in LOST:
+        api.add_exception_handler(kind, lost)
 
     @api.exception_handler(OverQuota)
     async def over_quota(request: Request, error: OverQuota) -> JSONResponse:

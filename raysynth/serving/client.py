@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import secrets
 import time
 import urllib.error
 import urllib.request
@@ -53,9 +54,20 @@ class Client:
     >>> client.sample(seed=7, box=(20, 24, 30, 34)).hu
     """
 
-    def __init__(self, url: str, token: str, timeout_s: float = 300.0) -> None:
-        """Nothing is sent yet."""
+    def __init__(
+        self, url: str, token: str, timeout_s: float = 300.0, patience_s: float = 60.0
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            url: of the service.
+            token: yours.
+            timeout_s: for one answer.
+            patience_s: for how long to ask again while the service is full, or a process of it is
+                replaced; 0: never.
+        """
         self.url, self.token, self.timeout_s = url.rstrip("/"), token, timeout_s
+        self.patience_s = patience_s
 
     def models(self) -> list[dict[str, Any]]:
         """What is served."""
@@ -76,7 +88,7 @@ class Client:
         Raises:
             Refused: the service says why.
         """
-        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
         return str(json.loads(self._send("POST", "/v1/jobs", request, headers=headers))["id"])
 
     def upload(self, array: NDArray[Any]) -> str:
@@ -101,7 +113,7 @@ class Client:
         Raises:
             Refused: the service says why.
         """
-        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
         body = {"name": name, "requests": list(requests)}
         return str(json.loads(self._send("POST", "/v1/batches", body, headers=headers))["id"])
 
@@ -117,14 +129,15 @@ class Client:
     def make_metrics(self, name: str, reference: str = "store") -> dict[str, Any]:
         """Opens a stream of metrics, against the store's test patients or samples that are sent."""
         found: dict[str, Any] = json.loads(
-            self._send("POST", f"/v1/metrics/{name}?reference={reference}", b"")
+            self._send("POST", f"/v1/metrics/{name}?reference={reference}", b"", once=True)
         )
         return found
 
     def push(self, name: str, role: str = "synthetic", **arrays: NDArray[Any]) -> int:
         """Counts samples in a stream: `hu`, and if known `layout`, `box`, and `patient`."""
         path = f"/v1/metrics/{name}/samples?role={role}"
-        sent = self._send("POST", path, _npz(**arrays), headers={"Content-Type": NPZ})
+        told = {"Content-Type": NPZ}
+        sent = self._send("POST", path, _npz(**arrays), headers=told, once=True)
         return int(json.loads(sent)["new"])
 
     def count_run(self, name: str, run: str) -> int:
@@ -212,21 +225,36 @@ class Client:
         body: Any = None,
         accept: str = "application/json",
         headers: dict[str, str] | None = None,
+        once: bool = False,
     ) -> Any:
+        """The answer; asks again, unless that would count twice, while the service is not there."""
         told = {"Authorization": f"Bearer {self.token}", "Accept": accept, **(headers or {})}
         content = body if isinstance(body, bytes) else None
         if body is not None and content is None:
             content, told["Content-Type"] = json.dumps(body).encode(), "application/json"
         request = urllib.request.Request(self.url + path, content, told, method=method)
-        try:
-            return urllib.request.urlopen(request, timeout=self.timeout_s)
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
+        until = time.monotonic() + self.patience_s
+        while True:
             try:
-                problem = json.loads(text)
-            except ValueError:
-                problem = {"detail": text or error.reason}
-            raise Refused(error.code, problem) from None
+                return urllib.request.urlopen(request, timeout=self.timeout_s)
+            except urllib.error.HTTPError as error:
+                wait_s = float(error.headers.get("Retry-After", self.patience_s))
+                if error.code != 503 or time.monotonic() + wait_s > until:
+                    raise _refused(error) from None
+            except OSError:  # a process of the service is being replaced
+                wait_s = 0.5
+                if once or time.monotonic() + wait_s > until:
+                    raise
+            time.sleep(wait_s)
+
+
+def _refused(error: urllib.error.HTTPError) -> Refused:
+    text = error.read().decode(errors="replace")
+    try:
+        problem = json.loads(text)
+    except ValueError:
+        problem = {"detail": text or error.reason}
+    return Refused(error.code, problem)
 
 
 def _npz(**arrays: NDArray[Any]) -> bytes:

@@ -10,8 +10,6 @@ from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from raysynth import __version__
@@ -24,6 +22,7 @@ from raysynth.models.bundle import CARD, bundle_digest, read_facts
 from raysynth.models.facts import BundleFacts
 from raysynth.prompt import WORDS
 from raysynth.sampling.adherence import NODULE_LUNG_LABELS, find_nodule, requested_diameter_mm
+from raysynth.serving.api import LOST
 from raysynth.serving.replica import Order, served_bundles
 from raysynth.serving.runner import Busy, slots_of
 from raysynth.serving.schemas import (
@@ -179,7 +178,7 @@ class Dispatcher:
                             return one["hu"], one["batch_shape"]
                         if on_news is not None:
                             on_news(one)
-            except (RayActorError, DeploymentUnavailableError):
+            except LOST:
                 if not left:
                     raise
                 await asyncio.sleep(RETRY_S)

@@ -6,8 +6,8 @@
 import asyncio
 import base64
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -129,6 +129,7 @@ class Gateway(StoreRoutes, StudyRoutes):
         self.making = asyncio.Lock()
         self.quotas = Quotas()
         self.going: dict[str, Progress] = {}
+        self.num_awaited = 0
         self.room = asyncio.Semaphore(self._most_at_once())
         self.streaming: set[asyncio.Task[None]] = set()
         requests, unfinished = METRICS
@@ -225,6 +226,7 @@ class Gateway(StoreRoutes, StudyRoutes):
     ) -> Response:
         """Draws a slice while you wait: a PNG in the model's window, an NPZ in HU, or a NIfTI."""
         owner, grant = self._admitted(bearer, "draw")
+        self._check_room(self.num_awaited, "samples")
         facts = self.dispatcher.facts_of(body)
         if facts.spatial_dims != 2:
             raise HTTPException(409, "volumes take long: ask for a job at /v1/jobs")
@@ -232,7 +234,7 @@ class Gateway(StoreRoutes, StudyRoutes):
         order = await self._order(secrets.token_hex(16), owner, body)
         self.quotas.check_unfinished(owner, grant, 1)
         self.quotas.draw(owner, grant, int(np.prod(facts.samples.shape)))
-        with self.quotas.unfinished(owner, 1):
+        with self.quotas.unfinished(owner, 1), self._awaited():
             hu, batch_shape = await self.dispatcher.draw(order)
         self._stream(order, hu)
         return packed_sample(
@@ -426,9 +428,7 @@ class Gateway(StoreRoutes, StudyRoutes):
     ) -> JobOut:
         if (known := self.jobs.with_key(owner, key)) is not None:
             return self._shown(known)
-        serving = self.config.serving
-        if len(self.going) >= serving.max_waiting * (serving.max_replicas or serving.num_replicas):
-            raise Busy("as many jobs wait as may: try again later")
+        self._check_room(len(self.going), "jobs")
         if kind == "sample":
             self.quotas.check_unfinished(owner, grant, count)
         self.quotas.draw(owner, grant, voxels)
@@ -436,6 +436,21 @@ class Gateway(StoreRoutes, StudyRoutes):
         if is_new:
             self._begin(job)
         return self._shown(job)
+
+    def _check_room(self, count: int, what: str) -> None:
+        """What no replica could take is refused before anything is done for it."""
+        serving = self.config.serving
+        if count >= serving.max_waiting * (serving.max_replicas or serving.num_replicas):
+            raise Busy(f"as many {what} wait as may: try again later")
+
+    @contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """A sample that a client waits for."""
+        self.num_awaited += 1
+        try:
+            yield
+        finally:
+            self.num_awaited -= 1
 
     def _own_job(self, job_id: str, bearer: Bearer) -> Job:
         owner, _ = self._admitted(bearer, "draw", "batch")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from raysynth.config import ExperimentConfig
 from raysynth.config.sampling import SamplerName
 from raysynth.errors import InputError, RaysynthError
 from raysynth.models.bundle import bundle_digest
-from raysynth.sampling.curve import batch_curve, slots_that_pay
+from raysynth.sampling.curve import Slots, batch_curve, slots_that_pay
 from raysynth.sampling.draw import BundleSampler
 from raysynth.serving.runner import Counts, Runner
 from raysynth.serving.tokens import FOLDER
@@ -167,11 +167,11 @@ class Replica:
     def _make_runner(self, model: str) -> Runner:
         config = self.config
         sampler = BundleSampler(self.paths[model], config.sampling, config.seed)
-        sampler = sampler.with_slots(self._slots(sampler))
-        return Runner(sampler, config.serving.max_waiting)
+        slots = self._slots(sampler)
+        return Runner(sampler.with_slots(slots.few), config.serving.max_waiting, slots.many)
 
-    def _slots(self, sampler: BundleSampler) -> int:
-        """As many as pay, measured once: who asks again with the same seed gets the same bits."""
+    def _slots(self, sampler: BundleSampler) -> Slots:
+        """As many as pay, measured once: replicas are alike, and those that come back, too."""
         place = service_folder(self.config) / SLOTS_FILE
         device = "cpu" if sampler.device.type == "cpu" else torch.cuda.get_device_name()
         sampling = sampler.sampling
@@ -182,10 +182,10 @@ class Replica:
             known = json.loads(place.read_text()) if place.exists() else {}
             if key not in known:
                 curve = batch_curve(sampler, sampling.batch_size)
-                known[key] = {"slots": slots_that_pay(curve), "seconds_a_sample_step": curve}
+                slots = asdict(slots_that_pay(curve))
+                known[key] = {"slots": slots, "seconds_a_sample_step": curve}
                 place.write_text(json.dumps(known, indent=1))
-        slots: int = known[key]["slots"]
-        return slots
+        return Slots(**known[key]["slots"])
 
     def _export(self) -> None:
         for model, runner in self._runners.items():

@@ -25,6 +25,9 @@ from raysynth.sampling.planner import NO_SOURCE, PlannedSample
 MAX_SLOTS = 64
 """That a request may pin: its engine is made for it."""
 
+CROWD = 2
+"""More than so many requests for every slot that wait are a crowd."""
+
 OnStep = Callable[[int, int], None]
 """Is told how many steps are done, and of how many; in the runner's thread, so it must be quick."""
 
@@ -43,7 +46,7 @@ class Ticket:
     Attributes:
         request: what was asked.
         condition: likewise; what it keeps is pasted into the result.
-        slots: of the engine that draws it.
+        slots: of the engine that draws it; 0: those that suit best when its turn comes.
         drawn: HU (*spatial), int16, when it is there; cancelled, or the error, if it never is.
         batch_shape: rows of the network calls, by which its bits are reproducible.
         on_step: is told of progress.
@@ -53,7 +56,7 @@ class Ticket:
 
     request: SampleRequest
     condition: Condition
-    slots: int
+    slots: int = 0
     drawn: Future[NDArray[np.int16]] = field(default_factory=Future)
     batch_shape: int = 0
     on_step: OnStep | None = None
@@ -80,7 +83,7 @@ class Counts:
         decode_s: seconds of decoding, of previews too.
         waiting: requests without a slot.
         busy: samples in slots.
-        slots: of the engine of requests that pin nothing.
+        slots: of the engine that takes requests now that pin nothing.
     """
 
     steps: int = 0
@@ -97,16 +100,21 @@ class Counts:
 class Runner:
     """Draws with one bundle for whoever asks.
 
-    Requests of any steps, sampler and guidance share network calls. What is finished is decoded in
-    another thread, so that no step waits for it.
+    Requests of any steps, sampler and guidance share network calls. When a crowd waits, they go to
+    an engine of more slots as soon as the other is empty: steps are short while few ask, and
+    samples cheap while many do. What is finished is decoded in another thread, so that no step
+    waits for it.
     """
 
-    def __init__(self, sampler: BundleSampler, max_waiting: int = 64) -> None:
+    def __init__(
+        self, sampler: BundleSampler, max_waiting: int = 64, crowd_slots: int | None = None
+    ) -> None:
         """Loads the bundle and starts the thread.
 
         Args:
             sampler: bundle and sampling settings: slots, and the defaults of requests.
             max_waiting: requests that may wait for a slot; more are refused.
+            crowd_slots: slots while a crowd waits; None: as ever.
 
         Raises:
             InputError: its model draws in one call, and has no steps to join.
@@ -118,7 +126,9 @@ class Runner:
             )
         self.sampler, self.max_waiting = sampler, max_waiting
         self.num_slots = sampler.sampling.batch_size
+        self.crowd_slots = crowd_slots or self.num_slots
         self._samplers = {self.num_slots: sampler}
+        self._open = {False: self.num_slots, True: self.num_slots}  # by whether they are guided
         self._schedule = NoiseSchedule.from_config(sampler.bundle.diffusion)
         self._counts = Counts(slots=self.num_slots)
         self._waiting: deque[Ticket] = deque()
@@ -167,7 +177,7 @@ class Runner:
         planned = PlannedSample(sample_id, seed, condition, NO_SOURCE)
         (request,) = self.sampler.requests([planned], scale, num_inference_steps, sampler)
         step_table(request.sampler, self._schedule, request.num_inference_steps)
-        slots = self.num_slots if batch_shape is None else slots_of(batch_shape, scale)
+        slots = 0 if batch_shape is None else slots_of(batch_shape, scale)
         ticket = Ticket(
             request,
             condition,
@@ -232,25 +242,44 @@ class Runner:
                 if not ticket.drawn.done():
                     ticket.drawn.set_exception(error)
 
-    def _engine(self, ticket: Ticket) -> SamplingEngine:
-        if ticket.slots not in self._samplers:
-            self._samplers[ticket.slots] = self.sampler.with_slots(ticket.slots)
-        return self._samplers[ticket.slots].engine(ticket.request.guidance_scale)
+    def _engine(self, slots: int, ticket: Ticket) -> SamplingEngine:
+        if slots not in self._samplers:
+            self._samplers[slots] = self.sampler.with_slots(slots)
+        return self._samplers[slots].engine(ticket.request.guidance_scale)
+
+    def _open_slots(self, *, guided: bool) -> int:
+        """Slots of the engine that takes what pins nothing; 0: one of more waits for its end."""
+        now = self._open[guided]
+        waiting = sum(not one.slots and one.is_guided == guided for one in self._waiting)
+        busy = sum(one.slots == now and one.is_guided == guided for one in self._going.values())
+        if waiting > CROWD * self.num_slots:
+            wanted = self.crowd_slots
+        elif waiting + busy <= self.num_slots:
+            wanted = self.num_slots
+        else:
+            wanted = now
+        if wanted > now and busy:
+            return 0
+        self._open[guided] = wanted
+        self._counts = replace(self._counts, slots=wanted)
+        return wanted
 
     def _admit(self) -> bool:
         """Drops what was given up and fills free slots; waits for work. False: there is no more."""
         with self._changed:
             while True:
                 for ticket in [one for one in self._going.values() if one.drawn.cancelled()]:
-                    self._engine(ticket).abandon(ticket.request.sample_id)
+                    self._engine(ticket.slots, ticket).abandon(ticket.request.sample_id)
                     del self._going[ticket.request.sample_id]
                     self._count(cancelled=1)
+                opened = {guided: self._open_slots(guided=guided) for guided in self._open}
                 kept: deque[Ticket] = deque()
                 for ticket in self._waiting:
+                    slots = ticket.slots or opened[ticket.is_guided]
                     if ticket.drawn.cancelled():
                         self._count(cancelled=1)
-                    elif (engine := self._engine(ticket)).admit(ticket.request):
-                        ticket.batch_shape = engine.batch_shape
+                    elif slots and (engine := self._engine(slots, ticket)).admit(ticket.request):
+                        ticket.slots, ticket.batch_shape = slots, engine.batch_shape
                         self._going[ticket.request.sample_id] = ticket
                     else:
                         kept.append(ticket)
@@ -263,7 +292,9 @@ class Runner:
 
     def _step(self) -> None:
         """One step of every engine that has work."""
-        engines = {(one.slots, one.is_guided): self._engine(one) for one in self._going.values()}
+        engines = {
+            (one.slots, one.is_guided): self._engine(one.slots, one) for one in self._going.values()
+        }
         for engine in engines.values():
             started, busy = time.perf_counter(), engine.num_busy
             engine.step()

@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import secrets
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +49,16 @@ def load_tokens(folder: Path) -> dict[str, Grant]:
         InputError: the file is damaged.
     """
     path = folder / TOKENS_FILE
-    if not path.exists():
+    try:
+        state = path.stat()
+    except FileNotFoundError:
         return {}
+    return _grants_in(path, state.st_mtime_ns, state.st_ino)
+
+
+@lru_cache(maxsize=8)
+def _grants_in(path: Path, changed_ns: int, file_number: int) -> dict[str, Grant]:
+    """Read again when another file has taken the place of the one that was read."""
     try:
         return _GRANTS.validate_json(path.read_bytes())
     except ValidationError as error:

@@ -19,6 +19,8 @@ import ray
 from imagecodecs import png_decode, png_encode
 from ray import serve
 
+from jobs.benchmarks.random_bundle import make_bundle as make_random_bundle
+from raysynth.case import Label
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig
 from raysynth.config.serving import ServingConfig
@@ -43,6 +45,17 @@ pytestmark = pytest.mark.ray
 PORT = 8123
 URL = f"http://127.0.0.1:{PORT}"
 BOX, SCORES = (12, 14, 18, 20), {"margin": 4, "texture": 2}
+VOLUMES = {
+    "samples": {"kind": "patches", "name": "cubes", "size": 16, "field_of_view_mm": 32.0},
+    "model": {
+        "family": "layout_diffusion",
+        "channels": (8, 8),
+        "attention_levels": (False, False),
+        "num_res_blocks": 1,
+        "num_head_channels": 8,
+        "norm_num_groups": 4,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +64,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
     make_bundle(config)
     other = config.bundle_path.with_name("other")
     shutil.copytree(config.bundle_path, other)
-    serving = ServingConfig(bundles=(other,), metrics=True)
+    volumes = of_volumes(config)
+    make_random_bundle(volumes, volumes.bundle_path)
+    serving = ServingConfig(bundles=(other, volumes.bundle_path), metrics=True)
     return config.model_copy(update={"serving": serving})
+
+
+def of_volumes(config: ExperimentConfig) -> ExperimentConfig:
+    """The same recipe for cubes of 16 voxels along a side."""
+    values = config.model_dump()
+    values["data"]["samples"] = VOLUMES["samples"]
+    return ExperimentConfig.model_validate(
+        values | {"model": VOLUMES["model"], "bundle": str(config.bundle_path.with_name("volumes"))}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +233,10 @@ def test_the_api_describes_itself(client: Client) -> None:
     paths = json.loads(content)["paths"]
     assert status == 200
     assert {"/v1/samples", "/v1/jobs", "/v1/jobs/{job_id}/events"} <= set(paths)
-    model, other = client.models()
+    model, other, volumes = client.models()
     assert other["name"] == "other"
     assert model["shape"] == [32, 32]
+    assert (volumes["shape"], volumes["depth_mm"]) == ([16, 16, 16], 2.0)
     assert "Research only" in model["card"]
 
 
@@ -290,6 +315,30 @@ def test_what_is_no_array_is_refused(client: Client, content_type: str, body: by
     status, _, content = asked("POST", "/v1/uploads", body, **told)
     assert status == 422
     assert json.loads(content)["field"] in ("body", "content-type")
+
+
+def test_a_volume_is_drawn_around_what_is_known(config: ExperimentConfig, client: Client) -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.integers(-1000, 300, (16, 16, 16)).astype(np.int16)
+    layout = np.zeros((16, 16, 16), np.uint8)
+    layout[4:12, 3:11, 2:10] = Label.LEFT_LUNG
+    sent = {"layout": client.upload(layout), "reference": client.upload(reference)}
+    with pytest.raises(Refused, match="/v1/jobs"):
+        client.sample(model="volumes", **sent)
+    job = client.submit(model="volumes", seed=5, batch_shape=2, **sent)
+    drawn = client.result(job)
+    np.testing.assert_array_equal(drawn.hu[layout == 0], reference[layout == 0])
+    assert drawn.facts["copied_fraction"] == pytest.approx(1 - 8**3 / 16**3)
+    known = Condition(layout=layout, known_hu=reference, known_mask=layout == 0)
+    sampler = BundleSampler(of_volumes(config).bundle_path, config.sampling, config.seed)
+    (alone,) = sampler.with_slots(2).draw([PlannedSample("x", 5, known, NO_SOURCE)])
+    np.testing.assert_array_equal(drawn.hu, alone)
+    told = {"Authorization": f"Bearer {client.token}", "Accept": "application/x-nifti"}
+    status, _, content = asked("GET", f"/v1/jobs/{job}/result", **told)
+    assert status == 200
+    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
+    np.testing.assert_array_equal(np.asarray(image.dataobj).T, drawn.hu)
+    assert image.header.get_zooms() == (2.0, 2.0, 2.0)
 
 
 def test_results_come_as_nifti(client: Client) -> None:

@@ -14,7 +14,7 @@ import pytest
 from raysynth.condition import Condition
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
-from raysynth.sampling.curve import slots_that_pay
+from raysynth.sampling.curve import Slots, slots_that_pay
 from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.planner import NO_SOURCE, PlannedSample
 from raysynth.serving.runner import Busy, Runner
@@ -162,6 +162,27 @@ def test_previews_end_in_the_sample(served: ExperimentConfig, runner: Runner) ->
 
 
 def test_slots_follow_from_what_batches_save() -> None:
-    assert slots_that_pay({1: 4.7, 2: 3.3, 4: 2.3, 8: 1.9, 16: 1.8}) == 16
-    assert slots_that_pay({1: 10.5, 2: 8.7, 4: 10.7}) == 2
-    assert slots_that_pay({1: 1.0, 2: 0.97}) == 1
+    assert slots_that_pay({1: 7.2, 2: 2.9, 4: 2.4, 8: 2.2, 16: 1.8}) == Slots(few=4, many=16)
+    assert slots_that_pay({1: 4.7, 2: 3.3, 4: 2.3, 8: 1.9, 16: 1.8}) == Slots(few=4, many=4)
+    assert slots_that_pay({1: 10.5, 2: 8.7, 4: 10.7}) == Slots(few=1, many=1)
+
+
+def test_a_crowd_goes_to_an_engine_of_more_slots_and_leaves_it_again(
+    served: ExperimentConfig,
+) -> None:
+    runner = Runner(sampler_of(served, batch_size=2), max_waiting=64, crowd_slots=8)
+    first = runner.submit("first", 0, box_at(1))
+    assert first.drawn.result(60).ndim == 2
+    crowd = [runner.submit(f"c{n}", n, box_at(n)) for n in range(24)]
+    images = [ticket.drawn.result(60) for ticket in crowd]
+    last = runner.submit("last", 3, box_at(3))
+    assert last.drawn.result(60).ndim == 2
+    runner.close()
+    shapes = {ticket.batch_shape for ticket in crowd}
+    assert 8 in shapes
+    assert shapes <= {2, 8}
+    assert (first.batch_shape, last.batch_shape) == (2, 2)
+    for number, (ticket, image) in enumerate(zip(crowd, images, strict=True)):
+        planned = PlannedSample("x", number, box_at(number), NO_SOURCE)
+        alone = sampler_of(served, batch_size=ticket.batch_shape).draw([planned])[0]
+        np.testing.assert_array_equal(image, alone)

@@ -61,6 +61,13 @@ export function ensureLayout() {
 
 function onTool(tool, phase, voxel, axis, event) {
   if (!voxel || !state.model || state.preview) return;
+  if (tool === "swipe") {
+    const columns = shape3(state.model)[axis === 2 ? 1 : 2];
+    const swipe = Math.max(0, Math.min(1, voxel[axis === 2 ? 1 : 2] / columns));
+    $("swipe").value = 100 * swipe;
+    change({ swipe });
+    return;
+  }
   if (tool === "box") dragBox(phase, voxel, axis);
   else drawStroke(tool, phase, voxel, axis, event.altKey);
 }

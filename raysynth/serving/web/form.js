@@ -256,14 +256,20 @@ export async function writeRequest(asked) {
   if (asked.guidance_scale !== null && asked.guidance_scale !== undefined) $("guidance").value = asked.guidance_scale;
   $("prompt").value = asked.prompt ?? "";
   for (const list of document.querySelectorAll("[data-score]")) list.value = asked.attributes?.[list.dataset.score] ?? "";
-  const labels = async (id) => (id ? Uint8Array.from((await readNpz(await getBytes(`/v1/uploads/${id}`, NPZ))).array.values) : null);
-  change({ box: toBox(asked.box), layout: await labels(asked.layout) });
+  change({ box: toBox(asked.box), layout: await sentLabels(asked.layout) });
   if (asked.reference) {
     await takeUpload(asked.reference, "The reference of that request");
     $("keep").checked = true;
-    change({ region: await labels(asked.region) });
+    change({ region: await sentLabels(asked.region) });
   }
   change({ version: state.version + 1 });
+}
+
+// Labels or a region that were sent once; null if none was, or if they are gone.
+export async function sentLabels(id) {
+  if (!id) return null;
+  const packed = await getBytes(`/v1/uploads/${id}`, NPZ).catch(() => null);
+  return packed && Uint8Array.from((await readNpz(packed)).array.values);
 }
 
 // What is wrong, beside the field that is to blame.
@@ -284,7 +290,7 @@ export function clearErrors() {
 export function showRefusal(error, fallback = "run") {
   const field = error.field?.split(".")[0];
   const isKnown = field && $(`${field}-error`);
-  const words = isKnown ? error.message.replace(new RegExp(`^${field}:? `), "") : error.message;
+  const words = error.message.replace(new RegExp(`^(${isKnown ? field : "body"}|body|content-type):? `), "");
   showError(isKnown ? field : fallback, words[0].toUpperCase() + words.slice(1));
 }
 

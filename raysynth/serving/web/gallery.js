@@ -110,7 +110,7 @@ async function showPage(run, count, samples, own) {
 function thumbnail(run, sample) {
   const kind = run.isReference ? "reference" : "synthetic";
   const words = [`No. ${sample.row + 1}`];
-  if (sample.has_nodule) words.push(sample.diameter_mm ? `${sample.diameter_mm.toFixed(0)} mm` : "nodule");
+  if (sample.diameter_mm) words.push(`${sample.diameter_mm.toFixed(0)} mm`);
   const image = make("img", { alt: "", dataset: { row: sample.row }, width: 128, height: 128 });
   const mark = sample.flagged ? ["copy?", "bad"] : sample.found === null ? null : sample.found ? ["found", "good"] : ["not found", "warn"];
   return make("li", {}, make("button", {
@@ -137,7 +137,7 @@ async function enlarge(run, sample) {
     ["Contrast", sample.contrast_hu === null ? "–" : `${sample.contrast_hu.toFixed(0)} HU`],
     ["Copied pixels", sample.copied_fraction === null ? "–" : `${(100 * sample.copied_fraction).toFixed(1)} %`],
     ["Copy score", sample.copy_score === null ? "–" : sample.copy_score.toFixed(2)],
-    ...Object.entries(sample.attributes).map(([name, score]) => [name, `${score} · ${state.models[0].words[name][score - 1]}`])];
+    ...Object.entries(sample.attributes).map(([name, score]) => [name[0].toUpperCase() + name.slice(1), `${score} · ${state.models[0].words[name][score - 1]}`])];
   const mark = run.isReference ? ["reference", "reference (real or uploaded)"] : ["synthetic", "synthetic · research only, not for diagnosis"];
   const windows = make("div", { className: "group", role: "group", "aria-label": "Window" },
     ...[...Object.keys(WINDOWS), "full"].map((name) => make("button", {

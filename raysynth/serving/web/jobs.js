@@ -2,7 +2,7 @@
 
 import { events, getBytes, getJson, postJson, readFragment, request, writeFragment } from "./api.js";
 import { $, make, save } from "./dom.js";
-import { clearErrors, readRequest, showRefusal, writeRequest } from "./form.js";
+import { clearErrors, readRequest, sentLabels, showRefusal, writeRequest } from "./form.js";
 import { readNpz } from "./npz.js";
 import { change, middle, setWindow, state, toBox } from "./state.js";
 import { makeVolume, WINDOWS } from "./viewer.js";
@@ -76,6 +76,7 @@ export async function watch(id, tell) {
   try {
     for await (const { name, data } of events(`/v1/jobs/${id}/events`, own.stop.signal)) {
       if (name === "step" && data.num_steps) {
+        if ($("progress").position < 0) loadHistory();
         $("progress").max = data.num_steps;
         $("progress").value = data.step;
         $("progress-words").textContent = `Step ${data.step} of ${data.num_steps}`;
@@ -99,7 +100,7 @@ async function finish(id, tell) {
   watched = null;
   change({ preview: null });
   if (job.state === "done") await open(job);
-  const words = { done: "Done.", failed: `It failed: ${job.error}`, cancelled: "Cancelled." }[job.state] ?? "";
+  const words = { done: "Done.", failed: "It failed.", cancelled: "Cancelled." }[job.state] ?? "";
   rest(words);
   if (job.state === "failed") showRefusal(new Error(job.error));
   tell(words);
@@ -124,10 +125,7 @@ export async function open(job) {
   const { hu, facts } = await readNpz(await getBytes(`/v1/jobs/${job.id}/result`, ENDINGS.npz));
   const about = JSON.parse(facts.text);
   const volume = makeVolume(hu.values, hu.shape, about.depth_mm, about.pixel_mm);
-  const isSameForm = asked.model === state.model.name;
-  const result = {
-    job, volume, about, request: asked, box: toBox(asked.box), layout: isSameForm ? state.layout?.slice() ?? null : null,
-  };
+  const result = { job, volume, about, box: toBox(asked.box), layout: await sentLabels(asked.layout) };
   if (String(state.view.shape) !== String(volume.shape)) {
     Object.assign(state.view, { shape: volume.shape, at: result.box && volume.isVolume ? centre(result.box) : middle(volume), zoom: 1, pan: [0, 0] });
   }
@@ -150,7 +148,7 @@ function facts(list, rows) {
 function showFacts(job, about) {
   $("no-result").hidden = true;
   $("has-result").hidden = false;
-  const copied = about.copied_fraction > 0 && ["Of the reference", `${(100 * about.copied_fraction).toFixed(1)} % of pixels`];
+  const copied = about.copied_fraction > 0 && ["Copied", `${(100 * about.copied_fraction).toFixed(1)} % of pixels`];
   facts($("result-facts"), [
     ["Model", about.model],
     ["Seed", String(job.seed)],
@@ -170,7 +168,8 @@ async function showAdherence(job, asked, about) {
   const mm = (value) => (value === null ? "–" : `${value.toFixed(1)} mm`);
   facts($("adherence-facts"), [
     ["Nodule", found.found ? "found" : "not found", found.found ? "good" : "warn"],
-    ["Diameter", `${mm(found.diameter_mm)} (asked ${mm(found.requested_diameter_mm)})`],
+    ["Diameter", mm(found.diameter_mm)],
+    ["Asked for", mm(found.requested_diameter_mm)],
     ["Off centre", mm(found.offset_mm)],
     ["Mean", found.mean_hu === null ? "–" : `${found.mean_hu.toFixed(0)} HU`],
     ["Contrast", `${found.contrast_hu.toFixed(0)} HU`],
@@ -207,7 +206,7 @@ function item(job) {
   const again = make("button", {
     type: "button", disabled: !isKnown, "aria-label": `Repeat: ${title}`, title: "Ask for the same again",
     onclick: () => attempt(() => repeat(job)),
-  }, "Repeat");
+  }, "↻");
   return make("li", { dataset: { job: job.id } }, line, again);
 }
 
@@ -220,7 +219,10 @@ async function reopen(job) {
   await writeRequest(await getJson(`/v1/jobs/${job.id}/request`)).catch((error) => showRefusal(error));
   if (UNFINISHED.includes(now.state)) watch(job.id, tellAll);
   else if (now.state === "done") await open(now);
-  else rest(now.state === "failed" ? `It failed: ${now.error}` : "It was cancelled.");
+  else {
+    rest(now.state === "failed" ? "It failed." : "It was cancelled.");
+    if (now.error) showRefusal(new Error(now.error));
+  }
   const fragment = readFragment();
   fragment.set("job", job.id);
   writeFragment(fragment);

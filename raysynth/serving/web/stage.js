@@ -8,8 +8,10 @@ const CAPTIONS = {
   result: ["Sample", "synthetic · research only, not for diagnosis", "synthetic"],
   preview: ["What it would be by now", "synthetic · research only, not for diagnosis", "synthetic"],
   reference: ["Reference", "reference (real or uploaded)", "reference"],
-  blank: ["Nothing drawn yet", "", ""],
+  blank: ["Nothing drawn yet. Press Sample, or first draw a box, paint a layout, or take a reference.", "", ""],
 };
+
+const PAINTING_OPACITY = 0.4;
 
 let viewers = [];
 let built = "";
@@ -62,9 +64,11 @@ function scene(role) {
   const volume = role === "reference" ? state.reference.volume : main.volume;
   const layers = [];
   const fits = (values) => values && values.length === volume.values.length;
-  const { layout, box } = overlaysOf(role, main.kind);
-  if (fits(layout) && state.opacity > 0) {
-    layers.push({ values: layout, opacity: state.opacity, version: state.version });
+  const { layout, box } = overlaysOf(main.kind);
+  // Images are clean unless somebody paints, or wants to see the labels.
+  const opacity = state.view.tool === "paint" ? Math.max(state.opacity, PAINTING_OPACITY) : state.opacity;
+  if (fits(layout) && opacity > 0 && main.kind !== "preview") {
+    layers.push({ values: layout, opacity, version: state.version });
   }
   if (fits(state.region) && main.kind !== "preview" && state.view.tool === "region") {
     layers.push({ values: state.region, colours: REGION_COLOURS, opacity: 0.45, version: state.version });
@@ -79,15 +83,14 @@ function scene(role) {
     swipe: state.swipe,
     sharp: ["paint", "region"].includes(state.view.tool),
     unit: about?.intensity === "hu" ? "HU" : "(no unit)",
-    isBlank: main.kind === "blank",
   };
 }
 
 // The form's own, which a result was asked with unless the form has changed since.
-function overlaysOf(role, kind) {
+function overlaysOf(kind) {
   const isEditing = ["box", "paint", "region"].includes(state.view.tool);
   if (kind === "result" && !isEditing) return { layout: state.result.layout, box: state.result.box };
-  return { layout: state.layout ?? state.reference?.layout ?? null, box: state.box ?? (role === "main" && kind === "blank" ? null : state.box) };
+  return { layout: state.layout ?? state.reference?.layout ?? null, box: state.box };
 }
 
 function refresh() {
@@ -154,6 +157,7 @@ function caption(figure, kind) {
   }
   const plane = ["Axial", "Coronal", "Sagittal"][axis];
   const isVolume = built.startsWith("3");
+  if (role === "main" && state.compare === "beside" && canCompare()) words = "synthetic · not for diagnosis";
   const short = isVolume && axis !== "0" && own !== "blank" ? (own === "reference" ? "reference" : "synthetic") : words;
   figure.lastChild.replaceChildren(
     make("span", {}, isVolume ? (axis === "0" ? `${plane} · ${name.toLowerCase()}` : plane) : name),

@@ -17,7 +17,7 @@ export const state = {
   shown: "result",
   compare: "off",
   swipe: 0.5,
-  opacity: 0.35,
+  opacity: 0,
   showBox: true,
   brush: 4,
   label: 1,
@@ -44,7 +44,7 @@ export const isVolumeModel = () => state.model?.shape.length === 3;
 let blank = null;
 export function blankVolume(model) {
   if (blank?.model !== model) {
-    const values = new Int16Array(size3(model)).fill(model.window_hu[0]);
+    const values = new Int16Array(size3(model)).fill(-32768);
     blank = { model, volume: makeVolume(values, model.shape, model.depth_mm, model.pixel_mm) };
   }
   return blank.volume;

@@ -271,7 +271,7 @@ export function makeViewer(canvas, view, scene, axis = 0) {
       write(`${NAMES[axis]} ${view.at[axis] + 1}/${volume.shape[axis]}`, 8, 16, "left");
     }
     const { low, high } = view.window;
-    write(`W ${Math.round(high - low)} L ${Math.round((high + low) / 2)}`, 8, height - 8, "left");
+    if (width > 320) write(`W ${Math.round(high - low)} L ${Math.round((high + low) / 2)}`, 8, height - 8, "left");
     const value = hover && valueAt(volume, hover);
     if (value !== null && value !== undefined) write(`${value} ${unit ?? "HU"}`, width - 8, height - 8, "right");
   }
@@ -291,6 +291,11 @@ export function makeViewer(canvas, view, scene, axis = 0) {
 
   function clamped(voxel, shape) {
     return voxel.map((one, at) => Math.max(0, Math.min(shape[at] - 1, Math.floor(one))));
+  }
+
+  function swipeEdge(shown) {
+    const { plane, left, cell } = geometry(shown.volume);
+    return left + plane.columns * cell[0] * shown.swipe;
   }
 
   function step(count) {
@@ -318,7 +323,8 @@ export function makeViewer(canvas, view, scene, axis = 0) {
     canvas.setPointerCapture(event.pointerId);
     canvas.focus({ preventScroll: true });
     const [x, y] = placeOf(event);
-    const tool = event.button === 1 || event.shiftKey ? "pan" : event.button === 2 ? "window" : view.tool;
+    const edge = shown.mode === "swipe" && shown.other ? swipeEdge(shown) : null;
+    const tool = edge !== null && Math.abs(x - edge) < 12 ? "swipe" : event.button === 1 || event.shiftKey ? "pan" : event.button === 2 ? "window" : view.tool;
     drag = { tool, x, y, window: { ...view.window }, pan: [...view.pan] };
     if (tool === "cross") view.change({ at: clamped(voxelAt(x, y), shown.volume.shape) });
     else if (tool !== "window" && tool !== "pan") view.onTool?.(tool, "start", voxelAt(x, y), axis, event);
