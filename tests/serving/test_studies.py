@@ -9,32 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 from ray import serve
 
 from raysynth.cli import main
 from raysynth.config import ExperimentConfig
-from raysynth.data.ingest import ingest
-from raysynth.data.shard import shard
-from raysynth.errors import InputError
 from raysynth.serving.app import application
 from raysynth.serving.client import Client, Refused
 from raysynth.serving.study_items import StudyIn, choose_items
 from raysynth.serving.tokens import Grant, add_token
 from raysynth.session import connect
-from raysynth.store.reader import SampleSet, open_group
-from raysynth.store.repository import open_root
-from storage_schema.v1 import SPLITS
 from tests.browser import FAINT, UNNAMED, Page, browser, needs_chromium
 from tests.sampling.crashing_run import drawing_config, make_bundle
+from tests.serving.study_store import RUN, make_store
 
 pytestmark = pytest.mark.ray
 
-PORT = 8127
+PORT = 8129
 URL = f"http://127.0.0.1:{PORT}"
-RUN, BOX = "shown", (12, 14, 18, 20)
 CHANGING = ("date", "x-request-id", "content-length")
 """Headers that are of no kind of item: the length is compared by itself."""
 
@@ -52,23 +45,18 @@ WANTED: dict[str, Any] = {
 def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
     config = drawing_config(Path(tmp_path_factory.mktemp("studied")))
     make_bundle(config)
+    make_store(config)
     return config
 
 
 @pytest.fixture(scope="module")
 def client(config: ExperimentConfig) -> Iterator[Client]:
-    """Of a service whose store has a run of 40 samples."""
     folder = config.work_dir / "serving"
     token = add_token(folder, "someone")
     with connect(num_cpus=3):
-        ingest(config)
-        shard(config)
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         serve.run(application(config), name="raysynth")
-        client = Client(URL, token, timeout_s=60)
-        requests = [{"seed": seed, **({"box": BOX} if seed % 2 else {})} for seed in range(40)]
-        assert client.wait(client.batch(RUN, requests))["state"] == "done"
-        yield client
+        yield Client(URL, token, timeout_s=60)
         serve.shutdown()
 
 
@@ -167,57 +155,6 @@ def test_readers_learn_nothing_of_what_they_see(config: ExperimentConfig, client
     assert reader.send("GET", f"/v1/reader/items/{seen[5][0]}/image")[0] == 404
 
 
-def test_items_are_real_and_drawn_ones_of_the_store(
-    config: ExperimentConfig, client: Client
-) -> None:
-    items = choose_items(config, StudyIn(**WANTED))
-    root = open_root(config.store_url)
-    real = SampleSet(open_group(root, f"samples/{config.samples.name}"))
-    rows = np.flatnonzero(real.index["split"] == SPLITS.index("test"))
-    low, high = items.value_range
-    stored = {
-        "real": [real.read("hu", row, row + 1)[0].clip(low, high).tobytes() for row in rows],
-        "synthetic": [
-            one.clip(low, high).tobytes()
-            for one in SampleSet(open_group(root, f"synthetic/{RUN}")).read("hu")
-        ],
-    }
-    for image, kind in truths(config, WANTED).items():
-        assert image in stored[kind]
-        assert image not in stored["real" if kind == "synthetic" else "synthetic"]
-    assert items.is_synthetic[:2].count(True) == 1
-    assert items.is_synthetic[2:].count(True) == 6
-    again = choose_items(config, StudyIn(**WANTED))
-    np.testing.assert_array_equal(items.images, again.images)
-    other = choose_items(config, StudyIn(**WANTED | {"seed": 4}))
-    assert (items.images != other.images).any()
-
-
-def test_samples_of_another_size_are_refused(config: ExperimentConfig, client: Client) -> None:
-    samples = config.data.samples.model_copy(update={"name": "small", "size": 16})
-    data = config.data.model_copy(update={"samples": samples})
-    other = config.model_copy(update={"data": data})
-    shard(other)
-    with pytest.raises(InputError, match="run: shown has another size"):
-        choose_items(other, StudyIn(**WANTED))
-
-
-def test_matched_items_have_the_same_properties(config: ExperimentConfig, client: Client) -> None:
-    wanted = WANTED | {"match": ["has_nodule"], "per_kind": 4, "calibration": 0}
-    items = choose_items(config, StudyIn(**wanted))
-    root, counts = open_root(config.store_url), []
-    for is_synthetic, path in enumerate((f"samples/{config.samples.name}", f"synthetic/{RUN}")):
-        stored = SampleSet(open_group(root, path))
-        known = {
-            hu.clip(*items.value_range).tobytes(): int(has)
-            for hu, has in zip(stored.read("hu"), stored.index["has_nodule"], strict=True)
-        }
-        shown = np.array(items.is_synthetic) == bool(is_synthetic)
-        counts.append(sorted(known[image.tobytes()] for image in items.images[shown]))
-    assert counts[0] == counts[1]
-    assert set(counts[0]) == {0, 1}
-
-
 def test_results_are_those_of_the_command_line(
     config: ExperimentConfig,
     client: Client,
@@ -240,6 +177,7 @@ def test_results_are_those_of_the_command_line(
     assert [one["answered"] for one in shown["study"]["progress"]] == [22, 22]
 
 
+@pytest.mark.slow
 def test_an_answer_outlives_the_gateway_and_a_link_leads_back(client: Client) -> None:
     link = links(client.make_study(**WANTED))["anna"]
     reader = ReaderClient(link)
@@ -368,6 +306,7 @@ def next_focus(page: Page) -> str:
     return str(page.evaluate(f"{focused}.id || {focused}.dataset.answer || {focused}.tagName"))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_reader_answers_by_keyboard_and_the_owner_sees_what_it_shows(
     config: ExperimentConfig, client: Client, tmp_path: Path
@@ -390,6 +329,8 @@ def test_a_reader_answers_by_keyboard_and_the_owner_sees_what_it_shows(
             if place in (0, 5):
                 seen_well(page)
                 assert [next_focus(page) for _ in range(2)] == ["real", "synthetic"]
+            else:
+                page.press("Enter")  # nothing is chosen: nothing happens
             if place == 9:
                 where = page.text("#place")
                 page.reload()
@@ -399,7 +340,6 @@ def test_a_reader_answers_by_keyboard_and_the_owner_sees_what_it_shows(
                 seen_well(page)
                 assert "image 8 of 20" in page.text("#paused")
                 page.press("Enter")
-            page.press("Enter")  # nothing is chosen: nothing happens
             page.press("s" if place % 3 else "r")
             page.press("Enter")
             if place < 2:

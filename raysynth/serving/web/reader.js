@@ -171,6 +171,13 @@ function choose(parts) {
   refresh();
 }
 
+// Enter must not press another answer, on which the focus may be.
+function chooseByKey(parts) {
+  choose(parts);
+  const [[name, value]] = Object.entries(parts);
+  if (document.activeElement.closest(".answers")) document.querySelector(`[data-${name}="${value}"]`).focus();
+}
+
 async function confirm() {
   if (isBusy) return;
   if (following) {
@@ -247,8 +254,8 @@ function onKey(event) {
     if (button && button.id !== "confirm" && button.getAttribute("aria-pressed") !== "true") return;
     event.preventDefault();
     if (!event.repeat) confirm();
-  } else if (key === "r" || key === "s") choose({ answer: key === "r" ? "real" : "synthetic" });
-  else if (study.task === "rating" && /^[1-5]$/.test(key)) choose({ rating: Number(key) });
+  } else if (key === "r" || key === "s") chooseByKey({ answer: key === "r" ? "real" : "synthetic" });
+  else if (study.task === "rating" && /^[1-5]$/.test(key)) chooseByKey({ rating: Number(key) });
   else if (WINDOW_KEYS[key]) setWindow(WINDOW_KEYS[key]);
   else if (!event.defaultPrevented && "+=-0".includes(key)) zoom(key);
   else if (tools[key] && !document.querySelector(`[data-tool=${tools[key]}]`).hidden) view.change({ tool: tools[key] });
