@@ -104,7 +104,7 @@ def export(
     recipe: Recipe,
     to: Annotated[Path, typer.Option(help="A new folder for the files.")],
     file_format: Annotated[
-        str, typer.Option("--format", help="nifti, or bundle: the model")
+        str, typer.Option("--format", help="nifti, png, zarr, or bundle: the model")
     ] = "nifti",
     without_audit: Annotated[
         str | None,
@@ -119,6 +119,25 @@ def export(
 
     config = load_recipe(recipe, overrides)
     _show(stages.export(config, to, file_format, without_audit), as_json)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="An exported file, or a folder of them.")],
+    as_json: Json = False,
+) -> None:
+    """Tell which files are valid, altered or unmarked; exit 3 unless all are valid."""
+    from raysynth import stages
+
+    found = stages.verify(path)
+    if as_json:
+        _show(found, as_json)
+    else:
+        for one in found["flawed"]:
+            print(f"{one['verdict']:9}{one['path']}: {one['reason']}")
+        print(f"valid    {found['valid']} of {found['checked']}")
+    if found["flawed"]:
+        raise typer.Exit(3)
 
 
 @app.command("reader-study")
@@ -190,7 +209,8 @@ def token(
     recipe: Recipe,
     owner: Annotated[str, typer.Option(help="Who will use it; an old token of theirs ends.")],
     scope: Annotated[
-        list[str] | None, typer.Option(help="draw, batch or metrics; repeat it. None: all.")
+        list[str] | None,
+        typer.Option(help="draw, batch, metrics, store or study; repeat it. None: all."),
     ] = None,
     requests_per_minute: Annotated[int, typer.Option(min=1)] = 6000,
     max_unfinished: Annotated[int, typer.Option(min=1, help="Samples under way at a time.")] = 256,

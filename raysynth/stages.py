@@ -79,12 +79,31 @@ def export(
     """Writes samples, or the bundle that drew them, for others, if their audit lets them leave."""
     from raysynth.errors import InputError
     from raysynth.export.bundle import export_bundle
-    from raysynth.export.nifti import export_nifti
+    from raysynth.export.nifti import nifti_files
+    from raysynth.export.plain_zarr import zarr_files
+    from raysynth.export.png import png_files
+    from raysynth.export.samples import export_samples
 
-    formats: dict[str, Any] = {"nifti": export_nifti, "bundle": export_bundle}
+    config, folder = config.absolute(), folder.absolute()
+    if file_format == "bundle":
+        return asdict(export_bundle(config, folder, without_audit))
+    formats = {"nifti": nifti_files, "png": png_files, "zarr": zarr_files}
     if file_format not in formats:
-        raise InputError(f"--format {file_format}: there are {' and '.join(formats)}")
-    return asdict(formats[file_format](config.absolute(), folder.absolute(), without_audit))
+        raise InputError(f"--format {file_format}: there are {', '.join([*formats, 'bundle'])}")
+    written = export_samples(config, folder, file_format, formats[file_format], without_audit)
+    return asdict(written)
+
+
+def verify(path: Path) -> Result:
+    """Checks exported files: how many are valid, and which are altered or unmarked."""
+    from raysynth.export.verify import verify as run
+
+    found = run(path)
+    return {
+        "checked": len(found),
+        "valid": sum(one.verdict == "valid" for one in found),
+        "flawed": [asdict(one) for one in found if one.verdict != "valid"],
+    }
 
 
 def downstream(config: ExperimentConfig) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from raysynth.evaluation.statistics import (
     rank_sum,
     tost,
     tost_answers,
+    tost_power,
 )
 from raysynth.seeding import seed_of
 
@@ -103,6 +105,8 @@ class ReaderStudy:
         ratings: rank-sum test of the items' mean ratings, synthetic against real; None without.
         choice: share of right answers minus .5, mean of both kinds of items.
         rating: mean rating of synthetic items minus that of real ones; None without.
+        power: chance that so many independent answers show equivalence of choices, where readers
+            only guess.
         verdict: of all that was asked together.
         sentences: the verdict in words.
     """
@@ -114,16 +118,13 @@ class ReaderStudy:
     ratings: Test | None
     choice: Equivalence
     rating: Equivalence | None
+    power: float
     verdict: Verdict
     sentences: list[str]
 
 
 def reader_study(path: Path, seed: int = 0) -> ReaderStudy:
     """Evaluates a table of answers.
-
-    Intervals of choices and ratings draw readers and items together, 2,000 times. That counts the
-    noise of single answers more than once: where there is nothing else, intervals are up to sqrt(3)
-    too wide (Owen 2007), so equivalence is never claimed too easily.
 
     Args:
         path: CSV with the columns `REQUIRED`, and perhaps `OPTIONAL`.
@@ -132,7 +133,20 @@ def reader_study(path: Path, seed: int = 0) -> ReaderStudy:
     Raises:
         InputError: no such file, a missing column, a value that is none, or nothing to compare.
     """
-    answers = read_answers(path)
+    return judge_answers(read_answers(path), seed)
+
+
+def judge_answers(answers: Sequence[Answer], seed: int = 0) -> ReaderStudy:
+    """What answers show.
+
+    Intervals of choices and ratings draw readers and items together, 2,000 times. That counts the
+    noise of single answers more than once: where there is nothing else, intervals are up to sqrt(3)
+    too wide (Owen 2007), so equivalence is never claimed too easily.
+
+    Args:
+        answers: to real and synthetic items, first showings of both among them.
+        seed: of the drawing.
+    """
     first = [answer for answer in answers if not answer.repeat]
     by_reader = _grouped(first, lambda answer: answer.reader)
     right = _table(first, lambda answer: answer.is_synthetic == answer.said_synthetic)
@@ -154,6 +168,7 @@ def reader_study(path: Path, seed: int = 0) -> ReaderStudy:
         ratings=ratings,
         choice=choice,
         rating=rating,
+        power=tost_power(len(first), CHOICE_DELTA),
         verdict=verdict,
         sentences=_sentences(verdict, choice, rating, len(by_reader), len(first)),
     )
@@ -193,6 +208,17 @@ def read_answers(path: Path) -> list[Answer]:
         raise InputError(f"answers {path}: {reason}; give a CSV file in UTF-8") from error
     _check_complete(path, answers, lines)
     return answers
+
+
+def table_of(answers: Iterable[Answer]) -> str:
+    """The table that `read_answers` reads."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow((*REQUIRED, *OPTIONAL))
+    for one in answers:
+        truth, said = KINDS[one.is_synthetic], KINDS[one.said_synthetic]
+        table.writerow((one.reader, one.item, truth, said, one.rating, one.repeat))
+    return text.getvalue()
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:

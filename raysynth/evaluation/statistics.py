@@ -166,6 +166,15 @@ def tost_answers(delta: float, power: float = 0.8) -> int:
     return round(float((z / delta) ** 2 / 4))
 
 
+def tost_power(count: int, delta: float) -> float:
+    """Chance that so many independent answers show a true share of .5 within `delta`.
+
+    The inverse of `tost_answers`.
+    """
+    reach = 2 * delta * count**0.5 - stats.norm.ppf(0.95)
+    return max(0.0, float(2 * stats.norm.cdf(reach) - 1))
+
+
 def clopper_pearson(successes: int, count: int, level: float = 0.95) -> Interval:
     """The exact interval of a share (Clopper and Pearson 1934)."""
     tail = (1 - level) / 2

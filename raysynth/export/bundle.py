@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
 from raysynth.export.gate import open_gate
+from raysynth.export.passport import sealed
+from raysynth.export.writing import write_file
 from raysynth.models.bundle import load_bundle, save_bundle
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
+
+PASSPORT = "passport.json"
+"""Beside the bundle's own files; holds their digest."""
 
 RELEASED = ("fid/", "kid/")
 """Beginnings of the metrics that a card tells; the evaluation has all."""
@@ -79,6 +84,14 @@ def export_bundle(
         generator=_halved(bundle.generator),
         tokenizer=bundle.tokenizer,
     )
+    told = {
+        "bundle": digest,
+        "trained_bundle": bundle.digest,
+        "run": config.name,
+        "audit": audit,
+        "purpose": "research only: what it draws is synthetic",
+    }
+    write_file(folder / PASSPORT, (json.dumps(sealed(told, "set"), indent=1) + "\n").encode())
     size = sum(file.stat().st_size for file in folder.iterdir())
     return BundleRelease(str(folder), digest, size / 1e6, audit, metrics)
 

@@ -12,9 +12,11 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from raysynth.errors import InputError
+from raysynth.serving.pages import pages
 from raysynth.serving.quotas import OverQuota
 from raysynth.serving.runner import Busy
 from raysynth.serving.schemas import BatchIn, Problem, SampleIn
+from raysynth.serving.study_items import StudyIn
 
 MAX_BODY_BYTES = 4_000_000
 """Of a request, refused before anything is decoded."""
@@ -44,7 +46,10 @@ HEADERS = {
 }
 """Of every answer: nobody guesses its type, frames it, or keeps it."""
 
-_FIELDS = set(SampleIn.model_fields) | set(BatchIn.model_fields) | {"body", "content-type"}
+_FIELDS = {
+    *(name for body in (SampleIn, BatchIn, StudyIn) for name in body.model_fields),
+    *("body", "content-type", "rating", "reader"),
+}
 
 
 def problem(
@@ -101,13 +106,14 @@ class Limits:
 
 
 def make_api() -> FastAPI:
-    """An application without routes."""
+    """An application with no routes but those of the web pages."""
     api = FastAPI(
         title="raysynth",
         version="1",
         summary="Synthetic lung CT. Research only: whatever comes from here shows no patient.",
     )
     api.add_middleware(Limits)
+    api.include_router(pages)
 
     @api.exception_handler(InputError)
     async def bad_input(request: Request, error: InputError) -> JSONResponse:

@@ -171,10 +171,18 @@ def _read_nifti(packed: bytes) -> Sent:
     return Sent(values[0] if len(values) == 1 else values, image.spacing_mm)
 
 
-def npz_of(hu: NDArray[np.int16], facts: dict[str, object]) -> bytes:
+def packed_array(values: NDArray[Any]) -> bytes:
+    """An array as `read_array` takes it."""
+    packed = io.BytesIO()
+    np.savez_compressed(packed, array=values)
+    return packed.getvalue()
+
+
+def npz_of(hu: NDArray[np.int16], facts: dict[str, object], **more: NDArray[Any]) -> bytes:
     """A sample in HU with what is known of it, as NumPy reads it."""
     packed = io.BytesIO()
-    np.savez_compressed(packed, hu=hu, facts=np.array(json.dumps(facts)))
+    arrays: dict[str, Any] = {"hu": hu, "facts": np.array(json.dumps(facts)), **more}
+    np.savez_compressed(packed, **arrays)
     return packed.getvalue()
 
 

@@ -150,6 +150,34 @@ class Client:
         found: dict[str, Any] = json.loads(self._send("GET", f"/v1/metrics/{name}"))
         return found
 
+    def make_study(self, **wanted: Any) -> dict[str, Any]:
+        """Makes a reader study; see `StudyIn`. The readers' `links` are told this once."""
+        found: dict[str, Any] = json.loads(self._send("POST", "/v1/studies", wanted))
+        return found
+
+    def studies(self) -> list[dict[str, Any]]:
+        """Your reader studies, the newest first."""
+        found: list[dict[str, Any]] = json.loads(self._send("GET", "/v1/studies"))
+        return found
+
+    def study(self, study_id: str) -> dict[str, Any]:
+        """How far a reader study is, and what it shows by now."""
+        found: dict[str, Any] = json.loads(self._send("GET", f"/v1/studies/{study_id}"))
+        return found
+
+    def study_answers(self, study_id: str) -> str:
+        """The answers of a reader study, as `raysynth reader-study` takes them."""
+        return self._send("GET", f"/v1/studies/{study_id}/answers", accept="text/csv").decode()
+
+    def new_link(self, study_id: str, reader: str) -> str:
+        """Another link for a reader who lost theirs, which ends."""
+        sent = self._send("POST", f"/v1/studies/{study_id}/links", {"reader": reader})
+        return str(json.loads(sent)["link"])
+
+    def remove_study(self, study_id: str) -> None:
+        """Forgets a reader study, with its copies of images and all answers."""
+        self._send("DELETE", f"/v1/studies/{study_id}")
+
     def job(self, job_id: str) -> dict[str, Any]:
         """How far a job is."""
         found: dict[str, Any] = json.loads(self._send("GET", f"/v1/jobs/{job_id}"))

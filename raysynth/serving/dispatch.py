@@ -6,23 +6,29 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 
 from raysynth import __version__
+from raysynth.case import CONDITION_ATTRIBUTES
 from raysynth.config import Diffusion, ExperimentConfig
+from raysynth.config.model import InpaintingConfig, LatentDiffusionConfig, TextGuided, hears_scores
+from raysynth.config.sampling import SamplerName
 from raysynth.errors import InputError
 from raysynth.models.bundle import CARD, bundle_digest, read_facts
 from raysynth.models.facts import BundleFacts
+from raysynth.prompt import WORDS
+from raysynth.sampling.adherence import NODULE_LUNG_LABELS, find_nodule, requested_diameter_mm
 from raysynth.serving.api import LOST
 from raysynth.serving.replica import Order, served_bundles
 from raysynth.serving.runner import Busy, slots_of
 from raysynth.serving.schemas import (
     MAX_SEED,
     ModelOut,
+    Part,
     ReadUpload,
     SampleIn,
     condition_from,
@@ -74,9 +80,28 @@ class Dispatcher:
                     window_hu=facts.window_hu,
                     intensity=facts.intensity,
                     card=(self.paths[name] / CARD).read_text(encoding="utf-8"),
+                    **self._limits(facts),
                 )
             )
         return found
+
+    def _limits(self, facts: BundleFacts) -> dict[str, Any]:
+        """What may be asked of a model, and what it is where nothing is asked."""
+        model, sampling = facts.model, self.config.sampling
+        assert isinstance(model, Diffusion)
+        samplers = list(get_args(SamplerName))
+        if model.schedule == "rectified_flow":
+            samplers.remove("ddpm")
+        return {
+            "hears": heard_parts(model),
+            "words": {name: [said for said, *_ in WORDS[name]] for name in CONDITION_ATTRIBUTES},
+            "sampler": sampling.sampler,
+            "num_inference_steps": sampling.num_inference_steps,
+            "guidance_scale": sampling.guidance_scale,
+            "samplers": samplers,
+            "max_steps": min(self.config.serving.max_steps, model.num_train_timesteps),
+            "can_guide": model.condition_drop > 0,
+        }
 
     def facts_of(self, body: SampleIn) -> BundleFacts:
         """Of the model that a request is for.
@@ -185,11 +210,43 @@ class Dispatcher:
             "raysynth": __version__,
         }
 
+    def adherence(self, order: Order, hu: NDArray[np.int16]) -> dict[str, Any] | None:
+        """What stands where a nodule was asked for; None: none was, or grey values have no unit."""
+        facts, layout, box = self.facts[order.model], order.condition.layout, order.condition.box
+        if box is None or facts.intensity != "hu":
+            return None
+        pixel_mm = float(facts.samples.pixel_mm)
+        lung = None if layout is None else np.isin(layout, NODULE_LUNG_LABELS)
+        shown = np.zeros(hu.shape, np.uint8) if layout is None else layout
+        measured = find_nodule(hu, lung, box, pixel_mm)
+        stands_out = measured.mask is not None
+        return {
+            "found": measured.found,
+            "requested_diameter_mm": requested_diameter_mm(shown, box, pixel_mm),
+            "diameter_mm": measured.diameter_mm if stands_out else None,
+            "offset_mm": measured.offset_mm if stands_out else None,
+            "mean_hu": float(hu[measured.mask].mean()) if stands_out else None,
+            "contrast_hu": measured.contrast_hu,
+        }
+
     def _model(self, body: SampleIn) -> str:
         name = body.model or self.default
         if name not in self.paths:
             raise InputError(f"model {name}: give {', '.join(self.paths)}")
         return name
+
+
+def heard_parts(model: Diffusion) -> list[Part]:
+    """What of a request a model follows; every one draws anew what of a reference it is told."""
+    scores: list[Part] = ["attributes"] if hears_scores(model) else []
+    if isinstance(model, TextGuided):
+        return ["prompt", "reference"]
+    if isinstance(model, InpaintingConfig):
+        return ["reference"]
+    if isinstance(model, LatentDiffusionConfig):
+        layout: list[Part] = ["layout"] if model.conditioning == 4 else []
+        return ["box", *scores, *layout, "reference"]
+    return [*scores, "layout", "reference"]
 
 
 async def _told(news: Any) -> AsyncGenerator[dict[str, Any]]:

@@ -5,7 +5,6 @@
 
 import asyncio
 import base64
-import json
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,9 +14,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import ray
-from fastapi import Header, HTTPException, Path, Query, Request, Response, Security
+from fastapi import Header, HTTPException, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge
@@ -25,14 +23,25 @@ from ray.util.metrics import Counter, Gauge
 from raysynth import __version__
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
+from raysynth.serving.answers import (
+    NAME,
+    PICTURES,
+    REFUSALS,
+    Bearer,
+    IdempotencyKey,
+    Name,
+    event,
+    packed_sample,
+    wanted_media,
+)
 from raysynth.serving.api import make_api
 from raysynth.serving.arrays import (
     NIFTI,
     NPZ,
     PNG,
-    nifti_of,
     npz_of,
     of_npz,
+    packed_array,
     png_of,
     read_array,
     read_arrays,
@@ -45,29 +54,24 @@ from raysynth.serving.quotas import Quotas
 from raysynth.serving.replica import Order, service_folder
 from raysynth.serving.runner import Busy
 from raysynth.serving.schemas import (
+    AdherenceOut,
     BatchIn,
     JobOut,
     MetricsOut,
     ModelOut,
-    Problem,
     SampleIn,
+    StreamOut,
     UploadOut,
 )
+from raysynth.serving.store_routes import StoreRoutes, store_routes
+from raysynth.serving.studies import StudyFolder
+from raysynth.serving.study_routes import StudyRoutes, study_routes
 from raysynth.serving.tokens import Grant, Scope, load_tokens, owner_of
 from raysynth.serving.uploads import UploadFolder
 
 api = make_api()
-
-Problems = dict[int | str, dict[str, Any]]
-REFUSALS: Problems = {
-    code: {"model": Problem} for code in (400, 401, 403, 404, 409, 413, 422, 429, 503)
-}
-PICTURES: Problems = REFUSALS | {200: {"content": {PNG: {}, NPZ: {}, NIFTI: {}}}}
-
-Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
-IdempotencyKey = Annotated[str | None, Header(max_length=200)]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
-Name = Annotated[str, Path(pattern=NAME)]
+api.include_router(store_routes)
+api.include_router(study_routes)
 
 METRICS = {
     "raysynth_gateway_requests_total": "Requests that were let in, by kind",
@@ -91,37 +95,6 @@ class Progress:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def _event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
-
-
-def _wanted(accept: str, default: str) -> str:
-    """The first media type that a client takes and we have."""
-    for media in accept.lower().split(","):
-        name = media.partition(";")[0].strip()
-        if name in (PNG, NPZ, NIFTI):
-            return name
-    return default
-
-
-def _packed(media: str, hu: Any, about: dict[str, Any]) -> Response:
-    """A sample as a client wants it, marked as synthetic."""
-    headers = {
-        "X-Raysynth-Synthetic": "yes",
-        "X-Raysynth-Seed": str(about["seed"]),
-        "X-Raysynth-Bundle": str(about["bundle"]),
-        "X-Raysynth-Batch-Shape": str(about["batch_shape"]),
-    }
-    if media == PNG:
-        content = png_of(hu, about["window_hu"])
-    elif media == NIFTI:
-        spacing_mm = (about["depth_mm"], about["pixel_mm"])
-        content = nifti_of(hu, spacing_mm, has_real_pixels=about["copied_fraction"] > 0)
-    else:
-        content = npz_of(hu, about)
-    return Response(content, media_type=media, headers=headers)
-
-
 def _reason(error: BaseException) -> str:
     """Why something failed, in one line; a replica's error comes wrapped."""
     while isinstance(error, BaseExceptionGroup):
@@ -137,8 +110,8 @@ def _land(config: ExperimentConfig, name: str, orders: list[Order], paths: list[
 
 @serve.deployment(name="gateway")
 @serve.ingress(api)
-class Gateway:
-    """Checks requests and hands them to replicas; keeps jobs and uploads."""
+class Gateway(StoreRoutes, StudyRoutes):
+    """Checks requests and hands them to replicas; keeps jobs, uploads and reader studies."""
 
     def __init__(
         self,
@@ -152,6 +125,8 @@ class Gateway:
         self.folder = service_folder(config)
         self.jobs = JobFolder(self.folder / "jobs", config.serving.keep_results)
         self.uploads = UploadFolder(self.folder / "uploads", config.serving.keep_results)
+        self.studies = StudyFolder(self.folder / "studies")
+        self.making = asyncio.Lock()
         self.quotas = Quotas()
         self.going: dict[str, Progress] = {}
         self.num_awaited = 0
@@ -229,6 +204,17 @@ class Gateway:
         upload = await asyncio.to_thread(self.uploads.add, owner, sent, in_use)
         return UploadOut(id=upload.id, shape=upload.shape, dtype=upload.dtype)
 
+    @api.get(
+        "/v1/uploads/{upload_id}",
+        responses=REFUSALS | {200: {"content": {NPZ: {}}}},
+        response_class=Response,
+    )
+    async def sent(self, upload_id: str, bearer: Bearer = None) -> Response:
+        """An array of yours as it was understood, an NPZ of `array`."""
+        owner, _ = self._admitted(bearer, "draw")
+        found = await asyncio.to_thread(self.uploads.read, owner, upload_id, "upload")
+        return Response(await asyncio.to_thread(packed_array, found.values), media_type=NPZ)
+
     # Samples and jobs.
 
     @api.post("/v1/samples", responses=PICTURES, response_class=Response)
@@ -251,7 +237,9 @@ class Gateway:
         with self.quotas.unfinished(owner, 1), self._awaited():
             hu, batch_shape = await self.dispatcher.draw(order)
         self._stream(order, hu)
-        return _packed(_wanted(accept, PNG), hu, self.dispatcher.about(order, batch_shape))
+        return packed_sample(
+            wanted_media(accept, PNG), hu, self.dispatcher.about(order, batch_shape)
+        )
 
     @api.post("/v1/jobs", status_code=202, responses=REFUSALS)
     async def submit(
@@ -306,21 +294,31 @@ class Gateway:
         """How far a job is."""
         return self._shown(self._own_job(job_id, bearer))
 
+    @api.get("/v1/jobs/{job_id}/request", responses=REFUSALS)
+    async def asked(self, job_id: str, bearer: Bearer = None) -> SampleIn:
+        """What a job of one sample was asked for, with its seed."""
+        job = self._own_job(job_id, bearer)
+        if job.kind == "batch":
+            raise HTTPException(409, "this job is a batch of many requests")
+        return SampleIn.model_validate(job.body)
+
+    @api.get("/v1/jobs/{job_id}/adherence", responses=REFUSALS)
+    async def adherence(self, job_id: str, bearer: Bearer = None) -> AdherenceOut:
+        """Whether a job's sample shows a nodule where one was asked for, measured in HU."""
+        _, about = await self._drawn(job_id, bearer)
+        if about.get("adherence") is None:
+            raise HTTPException(
+                409, "nothing was measured: no box was asked for, or there are no HU"
+            )
+        return AdherenceOut(**about["adherence"])
+
     @api.get("/v1/jobs/{job_id}/result", responses=PICTURES, response_class=Response)
     async def result(
         self, job_id: str, accept: Annotated[str, Header()] = NPZ, bearer: Bearer = None
     ) -> Response:
         """What a job has drawn: an NPZ in HU, a PNG, or a NIfTI."""
-        job = self._own_job(job_id, bearer)
-        if job.state != "done":
-            raise HTTPException(
-                409, f"the job is {job.state}" + (f": {job.error}" * bool(job.error))
-            )
-        if job.kind == "batch":
-            raise HTTPException(409, f"its samples are in the store: synthetic/{job.body['name']}")
-        packed = await asyncio.to_thread(self.jobs.sample_path(job_id, 0).read_bytes)
-        hu, about = await asyncio.to_thread(of_npz, packed)
-        return await asyncio.to_thread(_packed, _wanted(accept, NPZ), hu, about)
+        hu, about = await self._drawn(job_id, bearer)
+        return await asyncio.to_thread(packed_sample, wanted_media(accept, NPZ), hu, about)
 
     @api.get("/v1/jobs/{job_id}/events", responses=REFUSALS, response_class=StreamingResponse)
     async def events(self, job_id: str, bearer: Bearer = None) -> StreamingResponse:
@@ -340,6 +338,14 @@ class Gateway:
         return self._shown(job)
 
     # Running metrics.
+
+    @api.get("/v1/metrics", responses=REFUSALS)
+    async def streams(self, bearer: Bearer = None) -> list[StreamOut]:
+        """The streams that you can read: yours, and the service's own."""
+        owner, _ = self._admitted(bearer, "metrics")
+        own = [StreamOut(**one) for one in await self.keeper.names.remote(owner)]
+        served = [StreamOut(name=SERVED, reference="store")] * self.config.serving.metrics
+        return [*served, *own]
 
     @api.post("/v1/metrics/{name}", responses=REFUSALS)
     async def make_metrics(
@@ -453,12 +459,27 @@ class Gateway:
             raise HTTPException(404, "there is no such job of yours")
         return job
 
+    async def _drawn(self, job_id: str, bearer: Bearer) -> tuple[Any, dict[str, Any]]:
+        """A job's sample, and what is known of it."""
+        job = self._own_job(job_id, bearer)
+        if job.state != "done":
+            raise HTTPException(
+                409, f"the job is {job.state}" + (f": {job.error}" * bool(job.error))
+            )
+        if job.kind == "batch":
+            raise HTTPException(409, f"its samples are in the store: synthetic/{job.body['name']}")
+        packed = await asyncio.to_thread(self.jobs.sample_path(job_id, 0).read_bytes)
+        return await asyncio.to_thread(of_npz, packed)
+
     def _shown(self, job: Job) -> JobOut:
         progress, count = self.going.get(job.id) or Progress(), len(job.requests)
         state = "drawing" if job.state == "waiting" and progress.step else job.state
         return JobOut(
             id=job.id,
+            kind=job.kind,
+            model=job.body.get("model") or self.dispatcher.default,
             state=state,
+            asked_at=job.asked_at,
             step=progress.step,
             num_steps=progress.num_steps,
             samples_done=count if job.state == "done" else progress.samples_done,
@@ -519,6 +540,8 @@ class Gateway:
             hu, batch_shape = await self.dispatcher.draw_at_last(order, on_news)
             self._stream(order, hu)
             about = self.dispatcher.about(order, batch_shape)
+            if job.kind == "sample":
+                about["adherence"] = self.dispatcher.adherence(order, hu)
             packed = await asyncio.to_thread(npz_of, hu, about)
             await asyncio.to_thread(self.jobs.put_sample, job.id, row, packed)
         progress.samples_done += 1
@@ -551,15 +574,15 @@ class Gateway:
             if told != shown:
                 shown = told
                 names = ("step", "num_steps", "samples_done")
-                yield _event("step", dict(zip(names, told, strict=True)))
+                yield event("step", dict(zip(names, told, strict=True)))
             if progress.preview is not None and progress.preview != shown_preview:
                 step, picture = shown_preview = progress.preview
                 content = base64.b64encode(picture).decode()
-                yield _event("preview", {"step": step, "png": content})
+                yield event("preview", {"step": step, "png": content})
             await progress.changed.wait()
         job = self.jobs.jobs.get(job_id)
         if job is not None:
-            yield _event(job.state, {"error": job.error})
+            yield event(job.state, {"error": job.error})
 
     def _stream(self, order: Order, hu: Any) -> None:
         """Counts a sample in the service's own stream, and waits for nothing."""
@@ -596,6 +619,6 @@ class Gateway:
         while True:
             if values["counts"] != shown:
                 shown = values["counts"]
-                yield _event("metrics", values)
+                yield event("metrics", values)
             await asyncio.sleep(1)
             values = await self.keeper.read.remote(owner, name)

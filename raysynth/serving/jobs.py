@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ class Job:
         state: how far it is.
         error: why it failed.
         key: the client's idempotency key.
+        asked_at: when it came, in seconds since 1970; None: an earlier version took it.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Job:
     state: State = "waiting"
     error: str | None = None
     key: str | None = None
+    asked_at: float | None = None
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -82,7 +85,9 @@ class JobFolder:
             if (known := self.with_key(owner, key)) is not None:
                 return known, False
             number = max((job.number for job in self.jobs.values()), default=0) + 1
-            job = Job(secrets.token_hex(16), owner, number, kind, body, key=key)
+            job = Job(
+                secrets.token_hex(16), owner, number, kind, body, key=key, asked_at=time.time()
+            )
             self._write(job)
             self._make_room()
         return job, True
@@ -119,7 +124,7 @@ class JobFolder:
         """Writes a sample of a job; durable when this returns."""
         path = self.sample_path(job_id, row)
         path.parent.mkdir(exist_ok=True)
-        _write_synced(path, packed)
+        write_synced(path, packed)
 
     def sample_path(self, job_id: str, row: int) -> Path:
         """Where a sample of a job is, once it is drawn."""
@@ -130,7 +135,7 @@ class JobFolder:
         shutil.rmtree(self.path / job_id, ignore_errors=True)
 
     def _write(self, job: Job) -> None:
-        _write_synced(self.path / f"{job.id}.json", json.dumps(asdict(job)).encode())
+        write_synced(self.path / f"{job.id}.json", json.dumps(asdict(job)).encode())
         self.jobs[job.id] = job
 
     def _make_room(self) -> None:
@@ -141,7 +146,8 @@ class JobFolder:
             (self.path / f"{job.id}.json").unlink()
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
+    """Replaces a file in one step; it is on the disk when this returns."""
     scratch = path.with_name(f".{path.name}")
     with scratch.open("wb") as file:
         file.write(content)

@@ -242,6 +242,12 @@ class MetricsKeeper:
         self._streams[owner, name] = stream
         return self.read(owner, name)
 
+    def names(self, owner: str) -> list[dict[str, str]]:
+        """Name and reference of an owner's streams, sorted."""
+        found = [(file, json.loads(file.read_text())) for file in self.folder.glob("*/about.json")]
+        own = [one for file, one in found if file.parent == self._place(owner, one["name"])]
+        return sorted(own, key=lambda one: one["name"])
+
     def push(self, owner: str, name: str, role: Role, first_row: int | None, **arrays: Any) -> int:
         """See `LiveMetrics.push`."""
         return self._stream(owner, name).push(role, first_row, **arrays)

@@ -27,6 +27,11 @@ MAX_SEED = 2**63 - 1
 
 UploadId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
+Score = Annotated[int, Field(ge=1, le=5)]
+
+Part = Literal["box", "attributes", "prompt", "layout", "reference"]
+"""Of a request: what a model may or may not be told."""
+
 _SPACING_TOLERANCE = 0.01
 """Share by which a reference's pixels may differ from the model's."""
 
@@ -66,7 +71,7 @@ class SampleIn(Strict):
     """Rows of the network calls, as a result tells: bits of a sample are fixed at these."""
     box: Annotated[tuple[int, ...], Field(max_length=6)] | None = None
     """Half-open pixels around the nodule: y0, x0, y1, x1; in volumes z0, y0, x0, z1, y1, x1."""
-    attributes: dict[str, Annotated[int, Field(ge=1, le=5)]] = Field(default_factory=dict)
+    attributes: dict[str, Score] = Field(default_factory=dict)
     """Scores from 1 to 5."""
     prompt: str | None = Field(None, max_length=1000)
     layout_png: str | None = None
@@ -108,6 +113,18 @@ class ModelOut(BaseModel):
     window_hu: tuple[float, float]
     intensity: str
     card: str
+    hears: tuple[Part, ...]
+    """What of a request it follows; anything else changes nothing."""
+    words: dict[str, tuple[str, ...]]
+    """Of the attributes: what each score means, from 1 on."""
+    sampler: SamplerName
+    """Where a request says nothing; so are the next two."""
+    num_inference_steps: int
+    guidance_scale: float
+    samplers: tuple[SamplerName, ...]
+    max_steps: int
+    can_guide: bool
+    """Whether a guidance scale other than 1 can be asked for."""
 
 
 class UploadOut(BaseModel):
@@ -122,7 +139,11 @@ class JobOut(BaseModel):
     """A job: samples that are drawn in the background."""
 
     id: str
+    kind: Literal["sample", "batch"]
+    model: str
     state: State
+    asked_at: float | None
+    """Seconds since 1970; None: an earlier version took it."""
     step: int = 0
     num_steps: int = 0
     samples_done: int = 0
@@ -131,6 +152,28 @@ class JobOut(BaseModel):
     run: str | None = None
     """Of a batch that is done: the run's place in the store."""
     error: str | None = None
+
+
+class AdherenceOut(BaseModel):
+    """What a sample shows where a nodule was asked for, measured."""
+
+    found: bool
+    """Something of plausible density, size and place stands out from the lung around it."""
+    requested_diameter_mm: float
+    diameter_mm: float | None
+    """None, here and below: nothing stands out."""
+    offset_mm: float | None
+    """Of its centre from the middle of the box."""
+    mean_hu: float | None
+    contrast_hu: float
+    """Of the middle of the box against the lung around it."""
+
+
+class StreamOut(BaseModel):
+    """A stream of metrics that can be read."""
+
+    name: str
+    reference: Literal["store", "sent"]
 
 
 class LiveValue(BaseModel):

@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import secrets
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +18,11 @@ from raysynth.errors import InputError
 FOLDER, TOKENS_FILE = "serving", "tokens.json"
 """Below a recipe's work_dir; the file within it."""
 
-Scope = Literal["draw", "batch", "metrics"]
-"""Samples, jobs and uploads; runs that land in the store; running metrics."""
+Scope = Literal["draw", "batch", "metrics", "store", "study"]
+"""Samples, jobs and uploads; runs that land in the store; running metrics; what the store holds;
+reader studies, which show real samples of the store to whoever has a reader's link."""
 
-SCOPES: tuple[Scope, ...] = ("draw", "batch", "metrics")
+SCOPES: tuple[Scope, ...] = ("draw", "batch", "metrics", "store", "study")
 
 
 class Grant(BaseModel):
@@ -47,8 +49,16 @@ def load_tokens(folder: Path) -> dict[str, Grant]:
         InputError: the file is damaged.
     """
     path = folder / TOKENS_FILE
-    if not path.exists():
+    try:
+        state = path.stat()
+    except FileNotFoundError:
         return {}
+    return _grants_in(path, state.st_mtime_ns, state.st_ino)
+
+
+@lru_cache(maxsize=8)
+def _grants_in(path: Path, changed_ns: int, file_number: int) -> dict[str, Grant]:
+    """Read again when another file has taken the place of the one that was read."""
     try:
         return _GRANTS.validate_json(path.read_bytes())
     except ValidationError as error:
@@ -64,7 +74,7 @@ def add_token(folder: Path, owner: str, grant: Grant | None = None) -> str:
         grant: what they may do; None: everything, within the usual quotas.
     """
     token = secrets.token_urlsafe(32)
-    granted = (grant or Grant()).model_copy(update={"hash": _hash(token)})
+    granted = (grant or Grant()).model_copy(update={"hash": hashed(token)})
     tokens = load_tokens(folder) | {owner: granted}
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f".{TOKENS_FILE}"
@@ -80,12 +90,13 @@ def owner_of(tokens: dict[str, Grant], token: str) -> str | None:
 
     Every hash is compared, in constant time: nobody learns from how long that takes.
     """
-    hashed, found = _hash(token), None
+    mark, found = hashed(token), None
     for owner, known in tokens.items():
-        if hmac.compare_digest(hashed, known.hash):
+        if hmac.compare_digest(mark, known.hash):
             found = owner
     return found
 
 
-def _hash(token: str) -> str:
+def hashed(token: str) -> str:
+    """What is kept of a token: SHA-256, in hex. Tokens are random and long: no salt is needed."""
     return hashlib.sha256(token.encode()).hexdigest()

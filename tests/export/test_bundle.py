@@ -12,6 +12,7 @@ import zarr
 from raysynth.config import AuditConfig, ExperimentConfig
 from raysynth.errors import InputError, Refused
 from raysynth.export.bundle import export_bundle
+from raysynth.export.verify import verify
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.bundle import load_bundle, save_bundle
 from raysynth.models.denoiser import build_denoiser
@@ -87,6 +88,20 @@ def test_a_bundle_leaves_in_half_precision_with_its_figures(
     card = (tmp_path / "out" / "small" / "card.md").read_text()
     assert "Privacy audit: passed, on 3 samples of run run: 1 of 3 is near." in card
     assert "nothing here has tested" not in card
+
+
+def test_a_bundle_that_left_is_known_by_its_digest(
+    config: ExperimentConfig, tmp_path: Path
+) -> None:
+    _evaluated(config)
+    export_bundle(config, tmp_path / "out")
+    assert [one.verdict for one in verify(tmp_path / "out")] == ["valid"]
+    card = tmp_path / "out" / "card.md"
+    card.write_text(card.read_text().replace("Research only", "For the clinic"))
+    (found,) = verify(tmp_path / "out")
+    assert (found.verdict, found.reason) == ("altered", "its files are not those of its digest")
+    (tmp_path / "out" / "passport.json").unlink()
+    assert verify(tmp_path / "out")[0].verdict == "unmarked"
 
 
 def test_a_bundle_stays_where_its_samples_stay(config: ExperimentConfig, tmp_path: Path) -> None:

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import zarr
+from monai.transforms import LoadImage
+from PIL import Image
 
 from raysynth.cli import main
 from raysynth.config import AuditConfig, ExperimentConfig
 from raysynth.errors import InputError, Refused
-from raysynth.export.nifti import _write_image, export_nifti
+from raysynth.export.nifti import nifti_files, nifti_passport, write_nifti
+from raysynth.export.passport import sealed
+from raysynth.export.plain_zarr import zarr_files
+from raysynth.export.png import png_files
+from raysynth.export.samples import ExportSummary, export_samples
 from raysynth.formats.nifti import read_nifti
 from raysynth.store.reader import SampleSet
 from raysynth.store.repository import open_root
@@ -25,6 +31,7 @@ from storage_schema.v1 import audit
 from tests.store.conftest import make_store
 
 COUNT = 3
+FORMATS = {"nifti": nifti_files, "png": png_files, "zarr": zarr_files}
 
 
 def _config(store: Path) -> ExperimentConfig:
@@ -42,6 +49,12 @@ def _config(store: Path) -> ExperimentConfig:
 def config(tmp_path: Path) -> ExperimentConfig:
     make_store(str(tmp_path / "store"))
     return _config(tmp_path / "store")
+
+
+def export(
+    config: ExperimentConfig, folder: Path, without_audit: str | None = None
+) -> ExportSummary:
+    return export_samples(config, folder, "nifti", nifti_files, without_audit)
 
 
 def _put_audit(config: ExperimentConfig, flagged: list[int], **changes: Any) -> None:
@@ -76,12 +89,13 @@ def _put_audit(config: ExperimentConfig, flagged: list[int], **changes: Any) -> 
 
 def test_a_passing_run_leaves_with_its_passport(config: ExperimentConfig, tmp_path: Path) -> None:
     _put_audit(config, [0, 1, 0])
-    found = export_nifti(config, tmp_path / "out")
+    found = export(config, tmp_path / "out")
     assert (found.written, found.withheld, found.audit) == (2, 1, "passed")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     stems = ("run-00000000", "run-00000002")
     endings = (".json", ".nii.gz", "_labels.nii.gz")
-    assert names == sorted(["export.json", *(stem + end for stem in stems for end in endings)])
+    others = ("README.md", "export.json", "labels.json")
+    assert names == sorted([*others, *(stem + end for stem in stems for end in endings)])
     passport = json.loads((tmp_path / "out" / "run-00000002.json").read_text())
     assert passport["synthetic"] is True
     assert passport["audit"]["ncc"] == 0.5
@@ -89,6 +103,11 @@ def test_a_passing_run_leaves_with_its_passport(config: ExperimentConfig, tmp_pa
     assert passport["audit"]["without_audit"] is None
     assert passport["passport"] == {"synthetic": True}
     assert passport["contains_real_pixels"] is False
+    assert passport["bundle"] == "b" * 64
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "synthetic" in card
+    assert "2, as nifti" in card
+    assert "1 samples that count as copies" in card
     text = json.dumps(passport)
     assert "case-a" not in text
     assert "nearest" not in text
@@ -98,7 +117,7 @@ def test_a_passing_run_leaves_with_its_passport(config: ExperimentConfig, tmp_pa
 
 def test_images_keep_values_size_and_sides(config: ExperimentConfig, tmp_path: Path) -> None:
     _put_audit(config, [0, 0, 0])
-    export_nifti(config, tmp_path / "out")
+    export(config, tmp_path / "out")
     run = SampleSet(open_root(config.store_url)["synthetic/run"])
     for ending, name in (("", "hu"), ("_labels", "layout")):
         path = tmp_path / "out" / f"run-00000001{ending}.nii.gz"
@@ -124,7 +143,7 @@ def test_nothing_leaves_without_a_passing_audit_of_this_run(
     changes, message = REFUSED[case]
     _put_audit(config, [1, 0, 0], **changes)
     with pytest.raises(Refused, match=message):
-        export_nifti(config, tmp_path / "out")
+        export(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -133,8 +152,8 @@ def test_nothing_leaves_without_any_audit(config: ExperimentConfig, tmp_path: Pa
         run.declare(lambda root: root.__delitem__("audits"), "none")
         run.publish("none")
     with pytest.raises(Refused, match="has no audit"):
-        export_nifti(config, tmp_path / "out")
-    found = export_nifti(config, tmp_path / "out", without_audit="phantoms alone")
+        export(config, tmp_path / "out")
+    found = export(config, tmp_path / "out", without_audit="phantoms alone")
     assert (found.written, found.audit) == (3, "none")
     passport = json.loads((tmp_path / "out" / "run-00000000.json").read_text())
     assert passport["audit"] == {"verdict": "none", "without_audit": "phantoms alone"}
@@ -144,7 +163,7 @@ def test_a_reason_is_recorded_and_copies_stay_behind(
     config: ExperimentConfig, tmp_path: Path
 ) -> None:
     _put_audit(config, [1, 0, 0], verdict="failed")
-    found = export_nifti(config, tmp_path / "out", without_audit="a test")
+    found = export(config, tmp_path / "out", without_audit="a test")
     assert (found.written, found.withheld, found.audit) == (2, 1, "failed")
     assert json.loads((tmp_path / "out" / "export.json").read_text())["without_audit"] == "a test"
 
@@ -154,11 +173,11 @@ def test_a_folder_with_other_files_is_left_alone(config: ExperimentConfig, tmp_p
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="other files are there"):
-        export_nifti(config, tmp_path / "full")
+        export(config, tmp_path / "full")
     with pytest.raises(InputError, match="say why"):
-        export_nifti(config, tmp_path / "out", without_audit=" ")
-    export_nifti(config, tmp_path / "out")
-    export_nifti(config, tmp_path / "out")
+        export(config, tmp_path / "out", without_audit=" ")
+    export(config, tmp_path / "out")
+    export(config, tmp_path / "out")
 
 
 def test_the_command_exits_3_where_it_refuses(
@@ -179,8 +198,64 @@ def test_the_command_exits_3_where_it_refuses(
 
 def test_a_volume_keeps_its_axes_and_its_size(tmp_path: Path) -> None:
     hu = np.random.default_rng(0).integers(-1000, 400, (5, 6, 7)).astype(np.int16)
-    _write_image(tmp_path / "volume.nii.gz", hu, (2.0, 2.0), is_mixed=True)
+    own = sealed({"run": "run"}, "image", hu)
+    write_nifti(tmp_path / "volume.nii.gz", hu, (2.0, 2.0), is_mixed=True, passport=own)
     read = sitk.ReadImage(tmp_path / "volume.nii.gz")
     np.testing.assert_array_equal(sitk.GetArrayFromImage(read), hu)
     assert read.GetSpacing() == (2.0, 2.0, 2.0)
     np.testing.assert_allclose(read.GetDirection(), np.eye(3).ravel(), atol=1e-12)
+    assert nifti_passport(tmp_path / "volume.nii.gz")[0] == own
+    image = nibabel.load(tmp_path / "volume.nii.gz")
+    np.testing.assert_array_equal(image.get_sform(), image.get_qform())
+    assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (1, 1)
+    assert image.get_data_dtype() == np.int16
+    loaded = LoadImage(image_only=True)(tmp_path / "volume.nii.gz")
+    np.testing.assert_array_equal(np.asarray(loaded).T, hu)
+
+
+def test_the_same_command_writes_the_same_bytes(config: ExperimentConfig, tmp_path: Path) -> None:
+    _put_audit(config, [0, 0, 0])
+    for name, open_format in FORMATS.items():
+        written = []
+        for turn in ("first", "second"):
+            folder = tmp_path / f"{name} {turn}"
+            export_samples(config, folder, name, open_format)
+            files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+            written.append({path.relative_to(folder): path.read_bytes() for path in files})
+        assert written[0] == written[1], name
+
+
+def test_what_cannot_be_written_leaves_no_whole_export(
+    config: ExperimentConfig, tmp_path: Path
+) -> None:
+    _put_audit(config, [0, 0, 0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="give another folder"):
+        export(config, tmp_path / "file" / "out")
+    export_samples(config, tmp_path / "out", "png", png_files)
+    with pytest.raises(InputError, match="other files are there"):
+        export(config, tmp_path / "out")
+
+
+def test_a_plain_hierarchy_is_read_by_zarr_alone(config: ExperimentConfig, tmp_path: Path) -> None:
+    _put_audit(config, [0, 1, 0])
+    export_samples(config, tmp_path / "out", "zarr", zarr_files)
+    root = zarr.open_group(tmp_path / "out" / "samples.zarr", mode="r")
+    run = SampleSet(open_root(config.store_url)["synthetic/run"])
+    assert sorted(root.group_keys()) == ["run-00000000", "run-00000002"]
+    for name, kept in (("hu", run.read("hu")), ("layout", run.read("layout"))):
+        array = root[f"run-00000002/{name}"]
+        np.testing.assert_array_equal(array[:], kept[2])
+        assert array.attrs["synthetic"] is True
+        assert array.attrs["spacing_mm"] == [1.5, 1.5]
+
+
+def test_a_picture_is_in_the_window_of_lungs(config: ExperimentConfig, tmp_path: Path) -> None:
+    _put_audit(config, [0, 0, 0])
+    export_samples(config, tmp_path / "out", "png", png_files)
+    run = SampleSet(open_root(config.store_url)["synthetic/run"])
+    grey = np.asarray(Image.open(tmp_path / "out" / "run-00000001.png"))
+    expected = np.clip((run.read("hu")[1] + 1350) / 1500, 0, 1) * 255
+    np.testing.assert_allclose(grey, expected, atol=0.51)
+    labels = np.asarray(Image.open(tmp_path / "out" / "run-00000001_labels.png"))
+    np.testing.assert_array_equal(labels, run.read("layout")[1])

@@ -1,0 +1,63 @@
+"""A run as a plain Zarr v3 hierarchy, for tools that know no Icechunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from raysynth.export.passport import Content, Passport, sealed
+from raysynth.export.writing import ExportedSample, RunFacts, Write
+
+NAME = "samples.zarr"
+PARTS: dict[str, Content] = {"hu": "image", "layout": "labels"}
+DIMENSIONS = ("z", "y", "x")
+
+
+@contextmanager
+def zarr_files(folder: Path, facts: RunFacts) -> Iterator[Write]:
+    """Writes samples.zarr: a group a sample, arrays `hu` and `layout` in it, attributes on each.
+
+    A sample is a chunk, and its arrays carry their passports, so that a part of the hierarchy
+    that is copied elsewhere still says what it is.
+    """
+    root = zarr.open_group(folder / NAME, mode="w", zarr_format=3)
+    root.attrs.update(sealed(facts.passport | {"count": facts.count}, "set"))
+
+    def write(sample: ExportedSample) -> None:
+        group = root.create_group(sample.name, attributes=sealed(sample.passport, "text"))
+        axes = DIMENSIONS[-sample.hu.ndim :]
+        for name, values in (("hu", sample.hu), ("layout", sample.layout)):
+            spacing = (facts.spacing_mm[0], facts.spacing_mm[1], facts.spacing_mm[1])
+            array = group.create_array(
+                name,
+                data=np.ascontiguousarray(values),
+                chunks=values.shape,
+                dimension_names=axes,
+                attributes=sealed(
+                    sample.passport | {"spacing_mm": list(spacing[-values.ndim :])},
+                    PARTS[name],
+                    values,
+                ),
+            )
+            assert array.shape == values.shape
+
+    yield write
+
+
+def zarr_passports(path: Path) -> Iterator[tuple[str, Passport, NDArray[Any] | None]]:
+    """Path, attributes and values of every group and array of such a hierarchy.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: no Zarr, or a damaged one.
+    """
+    root = zarr.open_group(path, mode="r", zarr_format=3)
+    yield "", root.attrs.asdict(), None
+    for name, node in sorted(root.members(max_depth=None)):
+        values = np.asarray(node[...]) if isinstance(node, zarr.Array) else None
+        yield name, node.attrs.asdict(), values
