@@ -5,18 +5,18 @@
 import json
 from typing import Annotated, Any
 
-from fastapi import Header, Path, Response, Security
+from fastapi import Header, HTTPException, Path, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from raysynth.export.passport import sealed
-from raysynth.serving.arrays import NIFTI, NPZ, PNG, nifti_of, npz_of, png_of
+from raysynth.serving.arrays import DICOM, NIFTI, NPZ, PNG, dicom_of, nifti_of, npz_of, png_of
 from raysynth.serving.schemas import Problem
 
 Problems = dict[int | str, dict[str, Any]]
 REFUSALS: Problems = {
     code: {"model": Problem} for code in (400, 401, 403, 404, 409, 413, 422, 429, 503)
 }
-PICTURES: Problems = REFUSALS | {200: {"content": {PNG: {}, NPZ: {}, NIFTI: {}}}}
+PICTURES: Problems = REFUSALS | {200: {"content": {PNG: {}, NPZ: {}, NIFTI: {}, DICOM: {}}}}
 
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
 IdempotencyKey = Annotated[str | None, Header(max_length=200)]
@@ -33,7 +33,7 @@ def wanted_media(accept: str, default: str) -> str:
     """The first media type that a client takes and we have."""
     for media in accept.lower().split(","):
         name = media.partition(";")[0].strip()
-        if name in (PNG, NPZ, NIFTI):
+        if name in (PNG, NPZ, NIFTI, DICOM):
             return name
     return default
 
@@ -53,6 +53,10 @@ def packed_sample(media: str, hu: Any, about: dict[str, Any], **more: Any) -> Re
     passport = about if about["synthetic"] else None
     if media == PNG:
         content = png_of(hu, about["window_hu"], passport)
+    elif media == DICOM:
+        if passport is None or about["intensity"] != "hu":
+            raise HTTPException(406, "DICOM is made of synthetic samples in Hounsfield units alone")
+        content = dicom_of(hu, (about["depth_mm"], about["pixel_mm"]), passport)
     elif media == NIFTI:
         spacing_mm = (about["depth_mm"], about["pixel_mm"])
         is_mixed = about["copied_fraction"] > 0 if about["synthetic"] else None

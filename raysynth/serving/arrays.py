@@ -18,16 +18,20 @@ from imagecodecs import png_check, png_decode, png_encode
 from numpy.typing import NDArray
 
 from raysynth.errors import InputError, UnreadableCase
+from raysynth.export.dicom import write_dicom
 from raysynth.export.nifti import nifti_affine, nifti_image
-from raysynth.export.passport import Passport, sealed
+from raysynth.export.passport import Passport, sealed, voxel_hash
 from raysynth.export.png import in_window, png_bytes
 from raysynth.formats.image import read_image
 from raysynth.formats.nifti import nifti_shape
+from raysynth.volume import Volume
 
-Media = Literal["image/png", "application/x-npz", "application/x-nifti"]
+Media = Literal["image/png", "application/x-npz", "application/x-nifti", "application/zip"]
 PNG: Media = "image/png"
 NPZ: Media = "application/x-npz"
 NIFTI: Media = "application/x-nifti"
+DICOM: Media = "application/zip"
+"""A series, packed into one file; it is sent, and not taken."""
 
 MAX_VOXELS = 512**3
 """Of an array that is sent."""
@@ -229,3 +233,29 @@ def nifti_of(
         own = sealed(passport, "image", hu, nifti_affine(spacing_mm).ravel().tolist())
     image = nifti_image(hu, spacing_mm, is_mixed, own)
     return gzip.compress(image.to_bytes(), 3)
+
+
+def dicom_of(hu: NDArray[np.int16], spacing_mm: tuple[float, float], passport: Passport) -> bytes:
+    """A synthetic sample as a DICOM series in a ZIP.
+
+    Args:
+        hu: a volume (z, y, x), or a slice.
+        spacing_mm: between planes, and of a pixel.
+        passport: of the sample.
+    """
+    depth_mm, pixel_mm = spacing_mm
+    # What a series is known by: another request of the same seed is another patient.
+    own = passport | {
+        "run": passport["model"],
+        "row": passport["seed"],
+        "sample": voxel_hash(hu),
+        "contains_real_pixels": passport["copied_fraction"] > 0,
+        "passport": {"software": f"raysynth {passport['raysynth']}"},
+    }
+    volume = Volume(hu if hu.ndim == 3 else hu[None], (depth_mm, pixel_mm, pixel_mm))
+    packed = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(packed, "w") as archive:
+        for path in write_dicom(Path(folder), volume, None, own):
+            member = zipfile.ZipInfo(path.name)
+            archive.writestr(member, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return packed.getvalue()

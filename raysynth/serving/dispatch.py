@@ -18,6 +18,7 @@ from raysynth.config import Diffusion, ExperimentConfig
 from raysynth.config.model import InpaintingConfig, LatentDiffusionConfig, TextGuided, hears_scores
 from raysynth.config.sampling import SamplerName
 from raysynth.errors import InputError
+from raysynth.export.passport import voxel_hash
 from raysynth.models.bundle import CARD, bundle_digest, read_facts
 from raysynth.models.facts import BundleFacts
 from raysynth.prompt import WORDS
@@ -194,8 +195,9 @@ class Dispatcher:
 
     def about(self, order: Order, batch_shape: int) -> dict[str, object]:
         """What a result says of itself."""
-        facts, known = self.facts[order.model], order.condition.known_mask
+        facts, asked = self.facts[order.model], order.condition
         depth_mm, pixel_mm = spacing_of(facts)
+        known, layout = asked.known_mask, asked.layout
         return {
             "synthetic": True,
             "model": order.model,
@@ -207,6 +209,16 @@ class Dispatcher:
             "window_hu": facts.window_hu,
             "intensity": facts.intensity,
             "copied_fraction": 0.0 if known is None else float(known.mean()),
+            "snapshot": facts.snapshot,
+            "layout": None if layout is None else voxel_hash(layout),
+            "request": {
+                "box": asked.box,
+                "attributes": asked.attributes,
+                "prompt": asked.text,
+                "sampler": order.sampler,
+                "num_inference_steps": order.num_inference_steps,
+                "guidance_scale": order.guidance_scale,
+            },
             "raysynth": __version__,
         }
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import gzip
 import http.client
+import io
 import json
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import ray
 from imagecodecs import png_decode, png_encode
@@ -26,11 +29,13 @@ from raysynth.config import ExperimentConfig
 from raysynth.config.serving import ServingConfig
 from raysynth.data.ingest import ingest
 from raysynth.data.shard import shard
+from raysynth.export.verify import verify
 from raysynth.models.bundle import bundle_digest
 from raysynth.sampling.draw import BundleSampler
 from raysynth.sampling.planner import NO_SOURCE, PlannedSample
 from raysynth.serving.api import MAX_BODY_BYTES
 from raysynth.serving.app import application
+from raysynth.serving.arrays import DICOM
 from raysynth.serving.client import Client, Refused
 from raysynth.serving.quotas import OverQuota, Quotas
 from raysynth.serving.tokens import Grant, add_token, load_tokens, owner_of
@@ -317,7 +322,9 @@ def test_what_is_no_array_is_refused(client: Client, content_type: str, body: by
     assert json.loads(content)["field"] in ("body", "content-type")
 
 
-def test_a_volume_is_drawn_around_what_is_known(config: ExperimentConfig, client: Client) -> None:
+def test_a_volume_is_drawn_around_what_is_known(
+    config: ExperimentConfig, client: Client, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     reference = rng.integers(-1000, 300, (16, 16, 16)).astype(np.int16)
     layout = np.zeros((16, 16, 16), np.uint8)
@@ -339,6 +346,14 @@ def test_a_volume_is_drawn_around_what_is_known(config: ExperimentConfig, client
     image = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
     np.testing.assert_array_equal(np.asarray(image.dataobj).T, drawn.hu)
     assert image.header.get_zooms() == (2.0, 2.0, 2.0)
+    status, _, content = asked("GET", f"/v1/jobs/{job}/result", **told | {"Accept": DICOM})
+    assert status == 200
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(tmp_path)
+    assert [one.verdict for one in verify(tmp_path)] == ["valid"] * 16
+    planes = [pydicom.dcmread(path) for path in sorted(tmp_path.iterdir())]
+    np.testing.assert_array_equal(np.stack([one.pixel_array for one in planes]), drawn.hu)
+    assert {one.SyntheticData for one in planes} == {"YES"}
 
 
 def test_results_come_as_nifti(client: Client) -> None:
