@@ -51,13 +51,15 @@ def zarr_files(folder: Path, facts: RunFacts) -> Iterator[Write]:
 
 
 def zarr_passports(path: Path) -> Iterator[tuple[str, Passport, NDArray[Any] | None]]:
-    """Path, attributes and values of every group and array of such a hierarchy.
+    """Path, attributes and values of every group and array of such a hierarchy, or of one array.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: no Zarr, or a damaged one.
     """
-    root = zarr.open_group(path, mode="r", zarr_format=3)
-    yield "", root.attrs.asdict(), None
-    for name, node in sorted(root.members(max_depth=None)):
+    root = zarr.open(path, mode="r", zarr_format=3)
+    nodes = [("", root)]
+    if isinstance(root, zarr.Group):
+        nodes += sorted(root.members(max_depth=None))
+    for name, node in nodes:
         values = np.asarray(node[...]) if isinstance(node, zarr.Array) else None
         yield name, node.attrs.asdict(), values
