@@ -95,7 +95,9 @@ def export(
         "zarr": zarr_files,
     }
     if file_format not in formats:
-        raise InputError(f"--format {file_format}: there are {', '.join([*formats, 'bundle'])}")
+        raise InputError(
+            f"--format {file_format}: there are {', '.join([*formats, 'bundle'])}"
+        )
     written = export_samples(config, folder, file_format, formats[file_format], without_audit)
     return asdict(written)
 

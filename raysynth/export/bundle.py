@@ -6,6 +6,7 @@ reason that its card tells.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from raysynth.errors import InputError
 from raysynth.export.gate import open_gate
 from raysynth.export.passport import sealed
 from raysynth.export.writing import write_file
-from raysynth.models.bundle import load_bundle, save_bundle
+from raysynth.models.bundle import Bundle, load_bundle, save_bundle
+from raysynth.models.facts import BundleFacts
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 
-PASSPORT = "passport.json"
-"""Beside the bundle's own files; holds their digest."""
+PASSPORT, FILES = "passport.json", "files"
+"""Of a model's folder; what in it lists the others."""
 
 RELEASED = ("fid/", "kid/")
 """Beginnings of the metrics that a card tells; the evaluation has all."""
@@ -63,6 +65,30 @@ def export_bundle(
         Refused: no passing audit of the run, and no reason.
         InputError: no run or no bundle, no evaluation, or a folder that is there already.
     """
+    bundle, audit, metrics = released(config, folder, without_audit)
+    facts = bundle.facts.model_copy(update={"metrics": metrics, "audit": audit})
+    digest = save_bundle(
+        folder,
+        facts,
+        autoencoder=_halved(bundle.autoencoder),
+        denoiser=_halved(bundle.denoiser),
+        generator=_halved(bundle.generator),
+        tokenizer=bundle.tokenizer,
+    )
+    write_model_passport(folder, config, facts, digest)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return BundleRelease(str(folder), digest, size / 1e6, audit, metrics)
+
+
+def released(
+    config: ExperimentConfig, folder: Path, without_audit: str | None
+) -> tuple[Bundle, str, dict[str, float]]:
+    """The bundle that drew the recipe's run, what its card says of the audit, and its metrics.
+
+    Raises:
+        Refused: no passing audit of the run, and no reason.
+        InputError: no run or no bundle, no evaluation, or a folder that is there already.
+    """
     root = open_root(config.store_url)
     samples = SampleSet(open_group(root, f"synthetic/{config.name}"))
     table, reason = open_gate(config, root, samples, without_audit)
@@ -75,25 +101,40 @@ def export_bundle(
             "and audit another run"
         )
     audit = f"left without one: {reason}" if reason else _told(config, table)
-    metrics = _metrics(config)
-    digest = save_bundle(
-        folder,
-        bundle.facts.model_copy(update={"metrics": metrics, "audit": audit}),
-        autoencoder=_halved(bundle.autoencoder),
-        denoiser=_halved(bundle.denoiser),
-        generator=_halved(bundle.generator),
-        tokenizer=bundle.tokenizer,
-    )
+    return bundle, audit, _metrics(config)
+
+
+def write_model_passport(
+    folder: Path, config: ExperimentConfig, facts: BundleFacts, digest: str
+) -> None:
+    """Says of a model's folder what it is, and lists its files for `verify`.
+
+    Args:
+        folder: with all its files.
+        config: the recipe.
+        facts: of the model, as its card tells them.
+        digest: of its bundle.
+    """
     told = {
         "bundle": digest,
-        "trained_bundle": bundle.digest,
-        "run": config.name,
-        "audit": audit,
+        "recipe": config.name,
+        "snapshot": facts.snapshot,
+        "patients": facts.patients,
+        "audit": facts.audit,
+        "metrics": facts.metrics,
         "purpose": "research only: what it draws is synthetic",
+        FILES: files_in(folder),
     }
     write_file(folder / PASSPORT, (json.dumps(sealed(told, "set"), indent=1) + "\n").encode())
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return BundleRelease(str(folder), digest, size / 1e6, audit, metrics)
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a model's folder but its passport."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / PASSPORT
+    }
 
 
 def _told(config: ExperimentConfig, table: SampleSet | None) -> str:

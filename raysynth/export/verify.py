@@ -12,14 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from raysynth.errors import InputError, UnreadableCase
-from raysynth.export.bundle import PASSPORT
+from raysynth.export.bundle import FILES, PASSPORT, files_in
 from raysynth.export.dicom import REST, read_marks
 from raysynth.export.nifti import nifti_passport
 from raysynth.export.passport import MAX_BYTES, Passport, flaw, unpacked
 from raysynth.export.plain_zarr import zarr_passports
 from raysynth.export.png import png_passport
 from raysynth.formats.nifti import nifti_shape
-from raysynth.models.bundle import FACTS, bundle_digest
 
 Verdict = Literal["valid", "altered", "unmarked"]
 
@@ -68,8 +67,8 @@ def _walk(path: Path) -> Iterator[Checked]:
     elif path.is_dir():
         if (path / "zarr.json").exists():
             yield from _check_zarr(path)
-        elif (path / FACTS).exists():
-            yield _check_bundle(path)
+        elif (path / PASSPORT).exists():
+            yield from _check_model(path)
         else:
             for one in sorted(path.iterdir()):
                 yield from _walk(one)
@@ -136,16 +135,21 @@ def _read_npz(path: Path) -> tuple[Any, ...]:
         return unpacked(str(arrays["facts"])), arrays["hu"]
 
 
-def _check_bundle(path: Path) -> Checked:
-    """A bundle is checked as a whole, by its digest."""
-    try:
-        passport = unpacked((path / PASSPORT).read_bytes()[: MAX_BYTES + 1])
-    except OSError:
-        passport = None
-    found = _judged(str(path), passport)
-    if passport is not None and not found.reason and passport["bundle"] != bundle_digest(path):
-        return Checked(str(path), "altered", "its files are not those of its digest")
-    return found
+def _check_model(path: Path) -> Iterator[Checked]:
+    """A model's folder lists its files in its passport."""
+    passport = unpacked((path / PASSPORT).read_bytes()[: MAX_BYTES + 1])
+    found = _judged(str(path / PASSPORT), passport)
+    yield found
+    if passport is None or found.reason:
+        return
+    there = files_in(path)
+    for name, digest in passport[FILES].items():
+        if there.pop(name, None) == digest:
+            yield Checked(str(path / name), "valid")
+        else:
+            yield Checked(str(path / name), "altered", "it is not the file that was released")
+    for name in there:
+        yield Checked(str(path / name), "unmarked", "it was not released with this model")
 
 
 def _check_zarr(path: Path) -> Iterator[Checked]:
