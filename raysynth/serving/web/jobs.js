@@ -8,7 +8,7 @@ import { change, middle, setWindow, state, toBox } from "./state.js";
 import { makeVolume, WINDOWS } from "./viewer.js";
 
 const SHOWN_JOBS = 60;
-const ENDINGS = { png: "image/png", npz: "application/x-npz", "nii.gz": "application/x-nifti" };
+const ENDINGS = { png: "image/png", npz: "application/x-npz", "nii.gz": "application/x-nifti", "dicom.zip": "application/zip" };
 const UNFINISHED = ["waiting", "drawing"];
 const STATES = { waiting: "waits", drawing: "is drawn", done: "done", failed: "failed", cancelled: "cancelled" };
 
