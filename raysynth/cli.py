@@ -104,7 +104,7 @@ def export(
     recipe: Recipe,
     to: Annotated[Path, typer.Option(help="A new folder for the files.")],
     file_format: Annotated[
-        str, typer.Option("--format", help="nifti, dicom, png, zarr, or bundle: the model")
+        str, typer.Option("--format", help="nifti, dicom, nnunet, png, zarr, or bundle: the model")
     ] = "nifti",
     without_audit: Annotated[
         str | None,

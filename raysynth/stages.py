@@ -81,23 +81,24 @@ def export(
     from raysynth.export.bundle import export_bundle
     from raysynth.export.dicom import dicom_files
     from raysynth.export.nifti import nifti_files
+    from raysynth.export.nnunet import nnunet_files
     from raysynth.export.plain_zarr import zarr_files
     from raysynth.export.png import png_files
     from raysynth.export.samples import export_samples
+    from raysynth.export.writing import Format
 
     config, folder = config.absolute(), folder.absolute()
     if file_format == "bundle":
         return asdict(export_bundle(config, folder, without_audit))
-    formats = {
+    formats: dict[str, Format] = {
         "nifti": nifti_files,
         "dicom": dicom_files,
+        "nnunet": nnunet_files,
         "png": png_files,
         "zarr": zarr_files,
     }
     if file_format not in formats:
-        raise InputError(
-            f"--format {file_format}: there are {', '.join([*formats, 'bundle'])}"
-        )
+        raise InputError(f"--format {file_format}: there are {', '.join([*formats, 'bundle'])}")
     written = export_samples(config, folder, file_format, formats[file_format], without_audit)
     return asdict(written)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -104,8 +104,7 @@ class Marks:
     pixels: NDArray[np.int16] | NDArray[np.uint8]
 
 
-@contextmanager
-def dicom_files(folder: Path, facts: RunFacts) -> Iterator[Write]:
+def dicom_files(folder: Path, facts: RunFacts) -> AbstractContextManager[Write]:
     """Writes a folder a sample, see `write_dicom`.
 
     Raises:
@@ -113,6 +112,11 @@ def dicom_files(folder: Path, facts: RunFacts) -> Iterator[Write]:
     """
     if facts.intensity != "hu":
         raise InputError("--format dicom: this run has grey values of no known unit; take nifti")
+    return _series(folder, facts)
+
+
+@contextmanager
+def _series(folder: Path, facts: RunFacts) -> Iterator[Write]:
     depth_mm, pixel_mm = facts.spacing_mm
 
     def write(sample: ExportedSample) -> None:
@@ -165,7 +169,8 @@ def read_marks(path: Path) -> Marks:
         UnreadableCase: it is damaged, or neither a CT image nor a segmentation as written here.
     """
     # Checked first: some codings can inflate to any size.
-    syntax = parse_file(path, ("SOPClassUID",)).transfer_syntax
+    with hushed():
+        syntax = parse_file(path, ("SOPClassUID",)).transfer_syntax
     require(
         syntax == uids.ExplicitVRLittleEndian,
         "transfer-syntax",

@@ -104,9 +104,10 @@ def export_samples(
         intensity=str(samples.attrs["intensity"]),
         passport=samples.attrs["passport"] | {"snapshot": samples.attrs["parent_snapshot"]},
     )
+    opened = open_format(folder, facts)  # it may refuse, and then nothing is there yet
     try:
         _claim(folder, summary)
-        with open_format(folder, facts) as write:
+        with opened as write:
             for sample in _leaving(samples, table, ~flagged, summary):
                 write(sample)
         card = data_card(facts.passport, asdict(summary), config)
