@@ -17,7 +17,7 @@ from raysynth.cli import main
 from raysynth.config import ExperimentConfig
 from raysynth.serving.app import application
 from raysynth.serving.client import Client, Refused
-from raysynth.serving.study_items import StudyIn, choose_items
+from raysynth.serving.study_items import ReaderStudyIn, choose_items
 from raysynth.serving.tokens import Grant, add_token
 from raysynth.session import connect
 from tests.browser import FAINT, UNNAMED, Page, browser, needs_chromium
@@ -99,7 +99,7 @@ def links(study: dict[str, Any]) -> dict[str, str]:
 
 def truths(config: ExperimentConfig, wanted: dict[str, Any]) -> dict[bytes, str]:
     """What each image of a study is, by its bytes."""
-    items = choose_items(config, StudyIn(**wanted))
+    items = choose_items(config, ReaderStudyIn(**wanted))
     kinds = ("real", "synthetic")
     return {
         image.tobytes(): kinds[drawn]
