@@ -16,7 +16,7 @@ from raysynth.serving.pages import pages
 from raysynth.serving.quotas import OverQuota
 from raysynth.serving.runner import Busy
 from raysynth.serving.schemas import BatchIn, Problem, SampleIn
-from raysynth.serving.study_items import StudyIn
+from raysynth.serving.study_items import ReaderStudyIn
 
 MAX_BODY_BYTES = 4_000_000
 """Of a request, refused before anything is decoded."""
@@ -47,7 +47,7 @@ HEADERS = {
 """Of every answer: nobody guesses its type, frames it, or keeps it."""
 
 _FIELDS = {
-    *(name for body in (SampleIn, BatchIn, StudyIn) for name in body.model_fields),
+    *(name for body in (SampleIn, BatchIn, ReaderStudyIn) for name in body.model_fields),
     *("body", "content-type", "rating", "reader"),
 }
 

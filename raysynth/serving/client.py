@@ -151,7 +151,7 @@ class Client:
         return found
 
     def make_study(self, **wanted: Any) -> dict[str, Any]:
-        """Makes a reader study; see `StudyIn`. The readers' `links` are told this once."""
+        """Makes a reader study; see `ReaderStudyIn`. The readers' `links` are told this once."""
         found: dict[str, Any] = json.loads(self._send("POST", "/v1/studies", wanted))
         return found
 

@@ -21,7 +21,7 @@ from raysynth.errors import InputError
 from raysynth.evaluation.reader_study import Answer
 from raysynth.seeding import seed_of
 from raysynth.serving.jobs import JOB_ID, write_synced
-from raysynth.serving.study_items import Items, StudyIn
+from raysynth.serving.study_items import Items, ReaderStudyIn
 from raysynth.serving.tokens import hashed
 from raysynth.training.checkpoints import sync_folder
 
@@ -57,7 +57,7 @@ class Study:
     id: str
     owner: str
     made_at: float
-    wanted: StudyIn
+    wanted: ReaderStudyIn
     is_synthetic: tuple[bool, ...]
     shape: tuple[int, ...]
     pixel_mm: float
@@ -154,7 +154,7 @@ class StudyFolder:
             elif JOB_ID.fullmatch(folder.name):
                 shutil.rmtree(folder)  # somebody was killed as it was made or removed
 
-    def add(self, owner: str, wanted: StudyIn, items: Items) -> tuple[Study, dict[str, str]]:
+    def add(self, owner: str, wanted: ReaderStudyIn, items: Items) -> tuple[Study, dict[str, str]]:
         """A new study, durable when this returns.
 
         Returns:
@@ -335,7 +335,7 @@ def _packed(reader: Reader) -> bytes:
 
 def _study_of(content: dict[str, Any]) -> Study:
     tuples = {name: tuple(content[name]) for name in ("is_synthetic", "shape", "value_range")}
-    return Study(**content | tuples | {"wanted": StudyIn(**content["wanted"])})
+    return Study(**content | tuples | {"wanted": ReaderStudyIn(**content["wanted"])})
 
 
 def _reader_of(content: dict[str, Any]) -> Reader:

@@ -31,7 +31,7 @@ Matched = Literal["has_nodule", "sphericity", "margin", "lobulation", "spiculati
 ReaderName = Annotated[str, Field(pattern=NAME)]
 
 
-class StudyIn(Strict):
+class ReaderStudyIn(Strict):
     """A reader study that shall be made."""
 
     model_config = ConfigDict(
@@ -100,7 +100,7 @@ class Items:
     value_range: tuple[int, int]
 
 
-def choose_items(config: ExperimentConfig, wanted: StudyIn) -> Items:
+def choose_items(config: ExperimentConfig, wanted: ReaderStudyIn) -> Items:
     """Draws the items of a study out of the recipe's store.
 
     Args:
@@ -137,7 +137,7 @@ def choose_items(config: ExperimentConfig, wanted: StudyIn) -> Items:
     return _read(config, real, run, pairs[:count], wanted, rng)
 
 
-def _check_alike(real: SampleSet, run: SampleSet, wanted: StudyIn) -> None:
+def _check_alike(real: SampleSet, run: SampleSet, wanted: ReaderStudyIn) -> None:
     """Anything but what the images show would tell them apart."""
     for name, of_real, of_run in (
         ("size", real.shape, run.shape),
@@ -212,7 +212,7 @@ def _read(
     real: SampleSet,
     run: SampleSet,
     pairs: Sequence[tuple[int, int]],
-    wanted: StudyIn,
+    wanted: ReaderStudyIn,
     rng: np.random.Generator,
 ) -> Items:
     images = np.empty((2 * len(pairs), *real.shape), np.int16)

@@ -24,7 +24,7 @@ from raysynth.serving.quotas import Quotas
 from raysynth.serving.runner import Busy
 from raysynth.serving.schemas import Score, Strict
 from raysynth.serving.studies import Given, Kind, Reader, Study, StudyFolder, WrongItem
-from raysynth.serving.study_items import ReaderName, StudyIn, choose_items
+from raysynth.serving.study_items import ReaderName, ReaderStudyIn, choose_items
 from raysynth.serving.tokens import Grant, Scope
 
 RAW = "application/octet-stream"
@@ -69,7 +69,7 @@ class StudyOut(BaseModel):
     id: str
     made_at: float
     """Seconds since 1970."""
-    wanted: StudyIn
+    wanted: ReaderStudyIn
     progress: list[ProgressOut]
 
 
@@ -118,7 +118,7 @@ class ReaderOut(BaseModel):
     """What comes then: its image may be fetched ahead."""
 
 
-class AnswerIn(Strict):
+class ItemAnswerIn(Strict):
     """What a reader takes an item for."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"answer": "real", "rating": 4}]})
@@ -156,7 +156,7 @@ class StudyRoutes:
     # Of the owner.
 
     @study_routes.post("/v1/studies", responses=REFUSALS, status_code=201)
-    async def make_study(self, body: StudyIn, bearer: Bearer = None) -> MadeStudyOut:
+    async def make_study(self, body: ReaderStudyIn, bearer: Bearer = None) -> MadeStudyOut:
         """Makes a study out of the recipe's store; the readers' links are told this once.
 
         Whoever has a link sees real samples of the store: give links to people who may.
@@ -241,7 +241,7 @@ class StudyRoutes:
 
     @study_routes.put("/v1/reader/items/{item_id}", responses=REFUSALS)
     async def answer_item(
-        self, item_id: ItemId, body: AnswerIn, bearer: Bearer = None
+        self, item_id: ItemId, body: ItemAnswerIn, bearer: Bearer = None
     ) -> AnsweredOut:
         """Answers what is shown now. It is kept once this returns; the first answer stands."""
         study, reader = self._own_reader(bearer)

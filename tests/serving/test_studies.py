@@ -17,7 +17,7 @@ from raysynth.cli import main
 from raysynth.config import ExperimentConfig
 from raysynth.serving.app import application
 from raysynth.serving.client import Client, Refused
-from raysynth.serving.study_items import StudyIn, choose_items
+from raysynth.serving.study_items import ReaderStudyIn, choose_items
 from raysynth.serving.tokens import Grant, add_token
 from raysynth.session import connect
 from tests.browser import FAINT, UNNAMED, Page, browser, needs_chromium
@@ -99,7 +99,7 @@ def links(study: dict[str, Any]) -> dict[str, str]:
 
 def truths(config: ExperimentConfig, wanted: dict[str, Any]) -> dict[bytes, str]:
     """What each image of a study is, by its bytes."""
-    items = choose_items(config, StudyIn(**wanted))
+    items = choose_items(config, ReaderStudyIn(**wanted))
     kinds = ("real", "synthetic")
     return {
         image.tobytes(): kinds[drawn]
@@ -306,10 +306,15 @@ def next_focus(page: Page) -> str:
     return str(page.evaluate(f"{focused}.id || {focused}.dataset.answer || {focused}.tagName"))
 
 
+def shown_item(page: Page) -> str:
+    page.wait_for("document.body.dataset.item !== undefined")
+    return str(page.evaluate("document.body.dataset.item"))
+
+
 @pytest.mark.slow
 @needs_chromium
 def test_a_reader_answers_by_keyboard_and_the_owner_sees_what_it_shows(
-    config: ExperimentConfig, client: Client, tmp_path: Path
+    client: Client, tmp_path: Path
 ) -> None:
     wanted = WANTED | {"readers": ["anna"], "per_kind": 8, "title": "In a browser"}
     study = client.make_study(**wanted)
@@ -325,7 +330,7 @@ def test_a_reader_answers_by_keyboard_and_the_owner_sees_what_it_shows(
         assert next_focus(page) == "begin"
         page.press("Enter")
         for place in range(total):
-            item = str(page.wait_for("document.body.dataset.item"))
+            item = shown_item(page)
             if place in (0, 5):
                 seen_well(page)
                 assert [next_focus(page) for _ in range(2)] == ["real", "synthetic"]
@@ -334,7 +339,7 @@ def test_a_reader_answers_by_keyboard_and_the_owner_sees_what_it_shows(
             if place == 9:
                 where = page.text("#place")
                 page.reload()
-                assert page.wait_for("document.body.dataset.item") == item
+                assert shown_item(page) == item
                 assert page.text("#place") == where == "Image 8 of 20"
                 page.click("#pause")
                 seen_well(page)

@@ -15,17 +15,17 @@ import pytest
 from raysynth.errors import InputError
 from raysynth.evaluation.reader_study import judge_answers, read_answers, table_of
 from raysynth.serving.studies import MAX_STUDIES, Given, Kind, Study, StudyFolder, WrongItem, order
-from raysynth.serving.study_items import Items, StudyIn
+from raysynth.serving.study_items import Items, ReaderStudyIn
 
 READERS = ("anna", "ben")
 SIZE = 4
 
 
-def wanted(**more: object) -> StudyIn:
-    return StudyIn.model_validate({"run": "r", "readers": READERS, "per_kind": 30} | more)
+def wanted(**more: object) -> ReaderStudyIn:
+    return ReaderStudyIn.model_validate({"run": "r", "readers": READERS, "per_kind": 30} | more)
 
 
-def items_of(asked: StudyIn) -> Items:
+def items_of(asked: ReaderStudyIn) -> Items:
     """Images that differ in every pixel, real and synthetic in turn."""
     count = 2 * (asked.calibration + asked.per_kind)
     images = np.arange(count * SIZE * SIZE, dtype=np.int16).reshape(count, SIZE, SIZE)

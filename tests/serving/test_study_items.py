@@ -9,7 +9,7 @@ import pytest
 
 from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
-from raysynth.serving.study_items import Items, StudyIn, choose_items
+from raysynth.serving.study_items import Items, ReaderStudyIn, choose_items
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 from storage_schema.v1 import SPLITS
@@ -24,8 +24,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
     return config
 
 
-def wanted(**more: object) -> StudyIn:
-    return StudyIn.model_validate({"run": RUN, "readers": ["anna"], "per_kind": 8} | more)
+def wanted(**more: object) -> ReaderStudyIn:
+    return ReaderStudyIn.model_validate({"run": RUN, "readers": ["anna"], "per_kind": 8} | more)
 
 
 def rows_of(config: ExperimentConfig, items: Items) -> list[tuple[SampleSet, int]]:
