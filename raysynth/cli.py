@@ -104,7 +104,10 @@ def export(
     recipe: Recipe,
     to: Annotated[Path, typer.Option(help="A new folder for the files.")],
     file_format: Annotated[
-        str, typer.Option("--format", help="nifti, dicom, nnunet, png, zarr, or bundle: the model")
+        str,
+        typer.Option(
+            "--format", help="nifti, dicom, nnunet, png, zarr, or the model: bundle, diffusers"
+        ),
     ] = "nifti",
     without_audit: Annotated[
         str | None,

@@ -80,6 +80,7 @@ def export(
     from raysynth.errors import InputError
     from raysynth.export.bundle import export_bundle
     from raysynth.export.dicom import dicom_files
+    from raysynth.export.diffusers import export_diffusers
     from raysynth.export.nifti import nifti_files
     from raysynth.export.nnunet import nnunet_files
     from raysynth.export.plain_zarr import zarr_files
@@ -90,6 +91,8 @@ def export(
     config, folder = config.absolute(), folder.absolute()
     if file_format == "bundle":
         return asdict(export_bundle(config, folder, without_audit))
+    if file_format == "diffusers":
+        return asdict(export_diffusers(config, folder, without_audit))
     formats: dict[str, Format] = {
         "nifti": nifti_files,
         "dicom": dicom_files,
@@ -97,8 +100,9 @@ def export(
         "png": png_files,
         "zarr": zarr_files,
     }
+    names = [*formats, "bundle", "diffusers"]
     if file_format not in formats:
-        raise InputError(f"--format {file_format}: there are {', '.join([*formats, 'bundle'])}")
+        raise InputError(f"--format {file_format}: there are {', '.join(names)}")
     written = export_samples(config, folder, file_format, formats[file_format], without_audit)
     return asdict(written)
 

@@ -1,7 +1,8 @@
 """Writes a model of slices as folders that diffusers' own `from_pretrained` loads.
 
-Networks of MONAI's are rebuilt as those of diffusers that compute the same. What turns requests
-into channels and tokens is raysynth's own, and lies beside them in `conditioner.safetensors`.
+U-Nets of MONAI's are rebuilt as those of diffusers that compute the same. Its autoencoder cannot
+be: it has no activation before the last convolution of either half. That one, and what turns
+requests into channels and tokens, lie beside them as raysynth's own weights.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from raysynth.config import ExperimentConfig
 from raysynth.config.model import DiffusionConfig
 from raysynth.errors import InputError
-from raysynth.export.bundle import release, write_folder_passport
-from raysynth.models.autoencoder import Autoencoder
+from raysynth.export.bundle import released, write_model_passport
+from raysynth.models.autoencoder import DiffusersKLAutoencoder, VQAutoencoder
 from raysynth.models.bundle import Bundle
 from raysynth.models.denoiser import (
     InpaintingDenoiser,
@@ -30,8 +30,7 @@ from raysynth.models.denoiser import (
     StableDenoiser,
     TextDenoiser,
 )
-from raysynth.models.facts import model_card
-from raysynth.models.monai import AutoencoderKL
+from raysynth.models.facts import AUTOENCODER, model_card
 
 CONDITIONER = "conditioner.safetensors"
 
@@ -70,7 +69,7 @@ def export_diffusers(
         InputError: no run or no bundle, no evaluation, a folder that is there already, or a model
             that diffusers does not know.
     """
-    bundle, audit, metrics = release(config, folder, without_audit)
+    bundle, audit, metrics = released(config, folder, without_audit)
     _check(bundle)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")
@@ -79,7 +78,7 @@ def export_diffusers(
         parts = tuple(_save(bundle, scratch))
         facts = bundle.facts.model_copy(update={"metrics": metrics, "audit": audit})
         (scratch / "README.md").write_text(model_card(facts, folder.name), encoding="utf-8")
-        write_folder_passport(scratch, config, facts, bundle.digest)
+        write_model_passport(scratch, config, facts, bundle.digest)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -99,9 +98,14 @@ def _check(bundle: Bundle) -> None:
 def _save(bundle: Bundle, folder: Path) -> Iterator[str]:
     """Writes the parts and tells their names."""
     denoiser = bundle.denoiser
-    if bundle.autoencoder is not None:
-        _vae(bundle.autoencoder, bundle.latent_scale).save_pretrained(folder / "vae")
+    if isinstance(bundle.autoencoder, DiffusersKLAutoencoder | VQAutoencoder):
+        network: Any = bundle.autoencoder.network
+        network.register_to_config(scaling_factor=bundle.latent_scale)
+        network.save_pretrained(folder / "vae")
         yield "vae"
+    elif bundle.autoencoder is not None:
+        _save_own(dict(bundle.autoencoder.state_dict()), folder / AUTOENCODER)
+        yield AUTOENCODER
     scheduler(bundle.diffusion).save_pretrained(folder / "scheduler")
     yield "scheduler"
     if isinstance(denoiser, StableDenoiser):
@@ -114,14 +118,15 @@ def _save(bundle: Bundle, folder: Path) -> Iterator[str]:
     assert denoiser is not None
     converted_unet(denoiser.unet, bundle.facts.latent_shape[-1]).save_pretrained(folder / "unet")
     yield "unet"
-    own = {
-        name: weights.contiguous()
-        for name, weights in denoiser.state_dict().items()
-        if not name.startswith("unet.")
-    }
+    weights = dict(denoiser.state_dict())
+    own = {name: one for name, one in weights.items() if not name.startswith("unet.")}
     if own:
-        save_file(own, folder / CONDITIONER)
+        _save_own(own, folder / CONDITIONER)
         yield CONDITIONER
+
+
+def _save_own(weights: dict[str, Tensor], path: Path) -> None:
+    save_file({name: one.contiguous() for name, one in weights.items()}, path)
 
 
 def scheduler(config: DiffusionConfig) -> Any:
@@ -129,7 +134,8 @@ def scheduler(config: DiffusionConfig) -> Any:
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     if config.schedule == "rectified_flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
+        flow: Any = FlowMatchEulerDiscreteScheduler
+        return flow(num_train_timesteps=config.num_train_timesteps)
     name, start, end = {
         "linear": ("linear", 1e-4, 0.02),
         "scaled_linear": ("scaled_linear", 0.00085, 0.012),
@@ -145,83 +151,6 @@ def scheduler(config: DiffusionConfig) -> Any:
         clip_sample=False,
         set_alpha_to_one=True,
     )
-
-
-def _vae(autoencoder: Autoencoder, latent_scale: float) -> Any:
-    """Diffusers' autoencoder; ours is one already unless MONAI built it."""
-    network = getattr(autoencoder, "network")  # noqa: B009 - of every kind, not of their base
-    if isinstance(network, AutoencoderKL):
-        network = converted_autoencoder(network)
-    network.register_to_config(scaling_factor=latent_scale)
-    return network
-
-
-def converted_autoencoder(network: AutoencoderKL) -> Any:
-    """MONAI's AutoencoderKL of slices, without attention, as diffusers'.
-
-    diffusers has more residual blocks: two in the middle, and one more at each level of the
-    decoder. Those add nothing here, since their last convolution is zero.
-    """
-    from diffusers import AutoencoderKL as DiffusersKL
-
-    encoder, decoder = network.encoder, network.decoder
-    levels, blocks = len(encoder.channels), set(encoder.num_res_blocks)
-    assert len(blocks) == 1, blocks
-    converted: Any = DiffusersKL(  # type: ignore[no-untyped-call]
-        in_channels=encoder.in_channels,
-        out_channels=decoder.out_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(encoder.channels),
-        layers_per_block=blocks.pop(),
-        latent_channels=network.latent_channels,
-        norm_num_groups=encoder.norm_num_groups,
-        mid_block_add_attention=False,
-    )
-    for module in converted.modules():
-        if module.__class__.__name__ == "ResnetBlock2D":
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
-    own = dict(network.state_dict())
-    weights: dict[str, Tensor] = converted.state_dict()
-    for side, half in (("encoder", encoder), ("decoder", decoder)):
-        for number, name in enumerate(_places(half, side)):
-            prefix = f"{side}.blocks.{number}."
-            for key in [key for key in own if key.startswith(prefix)]:
-                inner = key.removeprefix(prefix)
-                inner = inner.removeprefix("conv.") if name.startswith("conv_") else _renamed(inner)
-                weights[f"{side}.{name}{inner}"] = own.pop(key)
-    for kind in ("weight", "bias"):
-        pair = [own.pop(f"quant_conv_{half}.conv.{kind}") for half in ("mu", "log_sigma")]
-        weights[f"quant_conv.{kind}"] = torch.cat(pair)
-        weights[f"post_quant_conv.{kind}"] = own.pop(f"post_quant_conv.conv.{kind}")
-        # diffusers' encoder gives twice as many channels, of which the second half is not read.
-        last = weights[f"encoder.conv_out.{kind}"]
-        weights[f"encoder.conv_out.{kind}"] = torch.cat([last, torch.zeros_like(last)])
-    read = weights["quant_conv.weight"]
-    weights["quant_conv.weight"] = torch.cat([read, torch.zeros_like(read)], dim=1)
-    assert not own, sorted(own)
-    converted.load_state_dict(weights)
-    return converted.eval()
-
-
-def _places(half: Any, side: str) -> Iterator[str]:
-    """Where each block of one half of MONAI's autoencoder stands in diffusers'."""
-    level, resnet = 0, 0
-    kind, changes = ("down", "downsamplers") if side == "encoder" else ("up", "upsamplers")
-    last = len(half.blocks) - 1
-    for number, block in enumerate(half.blocks):
-        match block.__class__.__name__:
-            case "AEKLResBlock":
-                yield f"{kind}_blocks.{level}.resnets.{resnet}."
-                resnet += 1
-            case "AEKLDownsample" | "UpSample":
-                yield f"{kind}_blocks.{level}.{changes}.0."
-                level, resnet = level + 1, 0
-            case "GroupNorm":
-                yield "conv_norm_out."
-            case _:
-                yield {0: "conv_in.", last: "conv_out."}[number]
 
 
 def converted_unet(unet: Any, size: int) -> Any:
@@ -283,7 +212,6 @@ _NAMES = (
     ("upsampler.postconv.", "upsamplers.0.conv."),
     ("postconv.", "conv."),
     ("skip_connection.", "conv_shortcut."),
-    ("nin_shortcut.", "conv_shortcut."),
     ("ff.linear1.", "ff.net.0.proj."),
     ("ff.linear2.", "ff.net.2."),
     ("out_proj.", "to_out.0."),

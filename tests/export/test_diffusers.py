@@ -8,21 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
 from torch import nn
 
 from raysynth.config import ExperimentConfig, LayoutDiffusionConfig
 from raysynth.config.model import TextDiffusionConfig
 from raysynth.diffusion.schedule import build_schedule
 from raysynth.errors import InputError
-from raysynth.export.diffusers import converted_autoencoder, converted_unet, export_diffusers
+from raysynth.export.diffusers import _save, converted_unet, export_diffusers
 from raysynth.export.diffusers import scheduler as scheduler_of
 from raysynth.export.verify import verify
 from raysynth.models.autoencoder import build_autoencoder
-from raysynth.models.bundle import load_bundle
+from raysynth.models.bundle import load_bundle, save_bundle
 from raysynth.models.denoiser import build_denoiser
 from tests.export.test_bundle import _put_run, config  # noqa: F401 - a fixture
 from tests.models.test_bundle import AUTOENCODERS, DIFFUSION
+from tests.models.test_bundle import facts as _facts
 
 SHAPE: dict[str, Any] = {
     "channels": (16, 32, 32),
@@ -65,18 +66,6 @@ def test_converted_networks_compute_the_same(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@torch.no_grad()
-def test_a_converted_autoencoder_computes_the_same() -> None:
-    ours = _stirred(build_autoencoder(AUTOENCODERS["kl"]))
-    theirs = converted_autoencoder(ours.network)  # type: ignore[arg-type]
-    x = torch.randn(2, 1, 32, 32)
-    mean, sigma = ours.moments(x)  # type: ignore[operator]
-    latents = theirs.encode(x).latent_dist
-    torch.testing.assert_close(latents.mean, mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(latents.std, sigma, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(theirs.decode(mean).sample, ours.decode(mean), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
 def test_schedules_hold_the_same_noise(name: str) -> None:
     model = DIFFUSION.model_copy(update={"schedule": name})
@@ -97,18 +86,35 @@ def test_a_bundle_becomes_a_folder_of_diffusers(
     found = json.dumps({"metrics": {}, "adherence": {}})
     (config.work_dir / "evaluation" / "run.json").write_text(found)
     released = export_diffusers(config, tmp_path / "out")
-    assert released.parts == ("vae", "scheduler", "unet", "conditioner.safetensors")
-    vae = AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae")
+    assert released.parts == (
+        "autoencoder.safetensors",
+        "scheduler",
+        "unet",
+        "conditioner.safetensors",
+    )
     unet: Any = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet")
-    assert vae.config.scaling_factor == bundle.latent_scale
     assert DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
     ours: Any = bundle.denoiser
     x = torch.randn(1, ours.unet.in_channels, 8, 8)
     context = torch.randn(1, 3, unet.config.cross_attention_dim)
     expected = ours.unet(x, torch.tensor([5]), context=context)
     torch.testing.assert_close(unet(x, 5, context).sample, expected, rtol=1e-4, atol=1e-5)
-    assert {one.state for one in verify(tmp_path / "out")} == {"valid"}
+    assert {one.verdict for one in verify(tmp_path / "out")} == {"valid"}
     weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\1\0")
-    [wrong] = [one for one in verify(tmp_path / "out") if one.state != "valid"]
-    assert wrong.path == "unet/diffusion_pytorch_model.safetensors"
+    [wrong] = [one for one in verify(tmp_path / "out") if one.verdict != "valid"]
+    assert Path(wrong.path) == weights
+
+
+@torch.no_grad()
+def test_an_autoencoder_of_diffusers_is_left_as_it_is(tmp_path: Path) -> None:
+    ours: Any = build_autoencoder(AUTOENCODERS["vq"])
+    facts = _facts(DIFFUSION, autoencoder=AUTOENCODERS["vq"], latent_scale=0.5)
+    channels, size, *_ = facts.latent_shape
+    denoiser = build_denoiser(DIFFUSION, channels, size)
+    save_bundle(tmp_path / "bundle", facts, ours.state_dict(), denoiser.state_dict())
+    assert "vae" in list(_save(load_bundle(tmp_path / "bundle"), tmp_path / "out"))
+    vae: Any = VQModel.from_pretrained(tmp_path / "out", subfolder="vae")
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(vae.encode(x).latents, ours.network.encode(x).latents)
+    assert vae.config.scaling_factor == 0.5
