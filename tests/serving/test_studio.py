@@ -34,7 +34,7 @@ from tests.browser import FAINT, UNNAMED, Page, browser, needs_chromium
 from tests.sampling.crashing_run import drawing_config, make_bundle
 from tests.serving.test_gateway import of_volumes
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PORT = 8127
 URL = f"http://127.0.0.1:{PORT}"
@@ -356,6 +356,8 @@ def test_volumes_show_three_planes_that_keys_step_through(
     page.upload("#file", path)
     page.wait_for("document.querySelectorAll('#stage canvas').length === 3")
     page.wait_for("document.querySelector('#reference-facts').textContent.includes('volume.npz.')")
+    page.click("#paint-layout")
+    page.drag("#stage canvas", (0.4, 0.5), (0.6, 0.5))
     page.evaluate("document.querySelector('#stage canvas').focus()")
     before = int(page.evaluate("document.querySelector('#plane').value"))
     page.press("ArrowUp")
