@@ -17,10 +17,16 @@ const SVG = "http://www.w3.org/2000/svg";
 
 let current = null; // id of the study in sight
 
-const share = (value) => value.toFixed(3);
-const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
+// As the command line writes them: a tie goes to the even digit.
+const writer = (digits) => {
+  const format = new Intl.NumberFormat("en", {
+    minimumFractionDigits: digits, maximumFractionDigits: digits, roundingMode: "halfEven", useGrouping: false,
+  });
+  return (value) => format.format(value).replace("-", "−");
+};
+const [whole, one, two, share] = [0, 1, 2, 3].map(writer);
+const signed = (value) => `${value < 0 ? "−" : "+"}${share(Math.abs(value))}`;
 const range = ([low, high], write = share) => `${write(low)} to ${write(high)}`;
-const two = (value) => value.toFixed(2).replace("-", "−");
 const when = (seconds) => new Date(1000 * seconds).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 const day = (seconds) => new Date(1000 * seconds).toLocaleDateString(undefined, { dateStyle: "medium" });
 const percent = (progress) => {
@@ -134,10 +140,10 @@ function draw(tag, attributes, ...children) {
 function facts(found, delta) {
   const { pooled } = found;
   const rows = [
-    ["Right answers, all readers", `${(100 * pooled.share).toFixed(1)} %`, `${pooled.right} of ${pooled.answers}; 95 % ${range(pooled.interval)}`],
+    ["Right answers, all readers", `${one(100 * pooled.share)} %`, `${pooled.right} of ${pooled.answers}; 95 % ${range(pooled.interval)}`],
     ["Sensitivity d′", two(pooled.d_prime.value), `95 % ${range(pooled.d_prime.interval, two)}; 0: they look alike`],
     ["Readers’ agreement", found.between_readers === null ? "–" : two(found.between_readers), "Fleiss’ kappa; 0: by chance alone, 1: full"],
-    ["Power for equivalence", `${(100 * found.power).toFixed(0)} %`, `of ${pooled.answers} independent answers, within ±${delta}, if readers guess; ${ANSWERS_FOR_POWER} give 80 %`],
+    ["Power for equivalence", `${whole(100 * found.power)} %`, `of ${pooled.answers} independent answers, within ±${delta}, if readers guess; ${ANSWERS_FOR_POWER} give 80 %`],
   ];
   return make("div", { className: "facts" }, ...rows.map(([name, value, words]) => make("div", {},
     make("h3", {}, name), make("p", { className: "value number" }, value), make("p", { className: "hint" }, words))));
