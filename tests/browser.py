@@ -87,7 +87,8 @@ class Page:
                 self.requests.append(params["request"]["url"])
 
     def goto(self, url: str) -> None:
-        """Opens an address, and waits until it is loaded."""
+        """Opens an address, and waits until it is loaded; afresh, if only its fragment is new."""
+        self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 

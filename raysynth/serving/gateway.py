@@ -541,7 +541,8 @@ class Gateway(StoreRoutes, StudyRoutes):
             self._stream(order, hu)
             about = self.dispatcher.about(order, batch_shape)
             if job.kind == "sample":
-                about["adherence"] = self.dispatcher.adherence(order, hu)
+                measure = self.dispatcher.adherence
+                about["adherence"] = await asyncio.to_thread(measure, order, hu)
             packed = await asyncio.to_thread(npz_of, hu, about)
             await asyncio.to_thread(self.jobs.put_sample, job.id, row, packed)
         progress.samples_done += 1

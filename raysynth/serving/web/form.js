@@ -197,7 +197,9 @@ function show(parts) {
   $("box-hint").hidden = !box || model.hears.includes("box");
   $("has-layout").checked = state.layout !== null;
   const painted = state.layout?.some((label) => label > 0);
-  $("layout-facts").textContent = state.layout && !painted ? "It is empty so far: paint it, or start from a reference that has one." : "";
+  const needsLayout = model.family.startsWith("layout") && !painted;
+  $("layout-facts").textContent = needsLayout ? "This model draws from a layout: paint one, or start from a reference's."
+    : state.layout && !painted ? "It is empty so far: paint it, or start from a reference's." : "";
   $("of-keep").hidden = !reference;
   const millimetres = box && `${((box[5] - box[2]) * model.pixel_mm).toFixed(0)} mm`;
   $("box-size").textContent = millimetres ? `${millimetres} a side` : "";
