@@ -85,8 +85,11 @@ def flaw(
         return "its mark"
     if (VOXELS in own, GEOMETRY in own) != (values is not None, geometry is not None):
         return "what it holds"
-    if geometry is not None and not np.allclose(own[GEOMETRY], geometry, 0, TOLERANCE_MM):
-        return "its geometry"
+    if geometry is not None:
+        told = own[GEOMETRY]
+        is_like = isinstance(told, list) and len(told) == len(geometry)
+        if not is_like or not np.allclose(told, geometry, 0, TOLERANCE_MM):
+            return "its geometry"
     if values is not None and own[VOXELS] != voxel_hash(values):
         return "its voxels"
     return None
