@@ -352,6 +352,7 @@ def test_volumes_show_three_planes_that_keys_step_through(
     np.savez(path, array=np.arange(16**3, dtype=np.int16).reshape(16, 16, 16) - 1000)
     name = client.models()[1]["name"]
     page.fill("#model", name)
+    assert page.evaluate("document.querySelector('#has-result').hidden")
     page.click("[name=reference][value=file]")
     page.upload("#file", path)
     page.wait_for("document.querySelectorAll('#stage canvas').length === 3")

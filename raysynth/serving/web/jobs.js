@@ -4,7 +4,7 @@ import { events, getBytes, getJson, postJson, readFragment, request, writeFragme
 import { $, make, save } from "./dom.js";
 import { clearErrors, readRequest, sentLabels, showRefusal, writeRequest } from "./form.js";
 import { readNpz } from "./npz.js";
-import { change, middle, setWindow, state, toBox } from "./state.js";
+import { change, middle, onChange, setWindow, state, toBox } from "./state.js";
 import { makeVolume, WINDOWS } from "./viewer.js";
 
 const SHOWN_JOBS = 60;
@@ -21,6 +21,10 @@ export function startJobs(tell) {
     if (!watched) attempt(() => submit(tell));
   });
   $("cancel").addEventListener("click", () => attempt(cancel));
+  onChange(() => {
+    $("has-result").hidden = state.result === null;
+    $("no-result").hidden = state.result !== null;
+  });
   for (const button of document.querySelectorAll("[data-download]")) {
     button.addEventListener("click", () => attempt(() => download(button.dataset.download)));
   }
@@ -70,7 +74,7 @@ export async function watch(id, tell) {
   $("sample").disabled = true;
   $("cancel").hidden = false;
   $("progress").removeAttribute("value");
-  $("progress-words").textContent = "Waits for a free slot …";
+  $("progress-words").textContent = "Waits for its turn …";
   tell("The sample was asked for.");
   let quarter = 0;
   try {
@@ -146,8 +150,6 @@ function facts(list, rows) {
 }
 
 function showFacts(job, about) {
-  $("no-result").hidden = true;
-  $("has-result").hidden = false;
   const copied = about.copied_fraction > 0 && ["Copied", `${(100 * about.copied_fraction).toFixed(1)} % of pixels`];
   facts($("result-facts"), [
     ["Model", about.model],
