@@ -464,7 +464,7 @@ FILES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_icechunk_does_not_write(store: str, name: str) -> None:
     FILES[name](Path(store))
-    with bounds(max_bytes=128 << 20):
+    with bounds(max_bytes=160 << 20):  # 132 MiB were seen beside other tests
         try:
             told = inspect_store(store).problems
         except RaysynthError as error:

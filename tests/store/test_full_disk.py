@@ -11,7 +11,7 @@ from raysynth.store.repository import open_root
 from raysynth.store.validate import validate
 
 WRITER = """
-import resource, signal, sys
+import os, resource, signal, sys
 import numpy as np
 from raysynth.case import Case
 from raysynth.store.run import StoreRun
@@ -33,6 +33,7 @@ with StoreRun(sys.argv[1], verb="ingest", fingerprint=case.case_id) as run:
     write_volume(create_volume(root, case), case)
     run.commit([fork], [case.case_id], "one case")
     run.publish("one case")
+os._exit(0)  # as commands do: threads of libraries can abort while the interpreter ends
 """
 
 
