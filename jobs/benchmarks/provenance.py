@@ -28,6 +28,7 @@ from PIL import Image
 from jobs.benchmarks.ratios import facts_of_run
 from raysynth.export.dicom import PASSPORT_TAG, dicom_files
 from raysynth.export.nifti import nifti_files, nifti_passport, write_nifti
+from raysynth.export.nnunet import nnunet_files
 from raysynth.export.passport import Passport, packed
 from raysynth.export.plain_zarr import zarr_files
 from raysynth.export.png import png_bytes, png_files, png_passport
@@ -39,9 +40,13 @@ SHAPE, SPACING_MM = (4, 5, 6), (2.0, 1.5)
 FORMATS: dict[str, Format] = {
     "nifti": nifti_files,
     "dicom": dicom_files,
+    "nnunet": nnunet_files,
     "png": png_files,
     "zarr": zarr_files,
 }
+
+FOLDER = "Dataset501_Noise"
+"""As nnU-Net wants it called."""
 
 Alter = Callable[[Path], None]
 
@@ -153,14 +158,17 @@ def _another_seed(passport: Passport) -> Passport:
     return passport | {"seed": 10**6}
 
 
+NIFTI_ALTERATIONS: dict[str, Alter] = {
+    "voxel": _nifti(voxel=1),
+    "geometry": _nifti(spacing_mm=(2.0, 1.6)),
+    "passport": _nifti(passport=_another_seed),
+    "mark gone": _nifti_unmarked,
+    "passport gone": _nifti_without_passport,
+}
+
 ALTERATIONS: dict[str, dict[str, Alter]] = {
-    "nifti": {
-        "voxel": _nifti(voxel=1),
-        "geometry": _nifti(spacing_mm=(2.0, 1.6)),
-        "passport": _nifti(passport=_another_seed),
-        "mark gone": _nifti_unmarked,
-        "passport gone": _nifti_without_passport,
-    },
+    "nifti": NIFTI_ALTERATIONS,
+    "nnunet": NIFTI_ALTERATIONS,
     "dicom": {
         "voxel": _dicom(_flip_pixel),
         "header": _dicom(lambda dataset: setattr(dataset, "PatientName", "Somebody^Real")),
@@ -187,7 +195,7 @@ def main(arguments: list[str]) -> int:
     rows: dict[str, dict[str, int]] = {}
     for name in FORMATS:
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = judge(name, Path(folder) / "out", options.files, options.altered)
+            rows[name] = judge(name, Path(folder) / FOLDER, options.files, options.altered)
     print(f"{'format':8}{'files':>7}{'valid':>7}{'altered':>9}{'found':>7}{'wrong':>7}")
     for name, row in rows.items():
         print(

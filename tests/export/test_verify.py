@@ -14,6 +14,7 @@ from PIL import Image
 
 from jobs.benchmarks.provenance import (
     ALTERATIONS,
+    FOLDER,
     FORMATS,
     SPACING_MM,
     files_of,
@@ -33,8 +34,8 @@ COUNT = 3
 
 @pytest.fixture(params=FORMATS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    write_run(tmp_path / "out", FORMATS[request.param], COUNT)
-    return tmp_path / "out"
+    write_run(tmp_path / FOLDER, FORMATS[request.param], COUNT)
+    return tmp_path / FOLDER
 
 
 def test_whatever_is_exported_is_valid(folder: Path) -> None:
@@ -62,8 +63,8 @@ CASES = [(name, what) for name, some in ALTERATIONS.items() for what in some]
 
 @pytest.mark.parametrize(("name", "what"), CASES)
 def test_what_was_altered_is_named(name: str, what: str, tmp_path: Path) -> None:
-    write_run(tmp_path / "out", FORMATS[name], COUNT)
-    path = files_of(tmp_path / "out")[0]
+    write_run(tmp_path / FOLDER, FORMATS[name], COUNT)
+    path = files_of(tmp_path / FOLDER)[0]
     ALTERATIONS[name][what](path)
     (found,) = verify(path)
     assert found.verdict == ("unmarked" if "gone" in what else "altered")
@@ -72,8 +73,8 @@ def test_what_was_altered_is_named(name: str, what: str, tmp_path: Path) -> None
 
 
 def test_a_passport_of_another_sample_does_not_fit(tmp_path: Path) -> None:
-    write_run(tmp_path / "out", nifti_files, COUNT)
-    first, second = (tmp_path / "out" / f"run-000{n}.nii.gz" for n in (0, 1))
+    write_run(tmp_path / FOLDER, nifti_files, COUNT)
+    first, second = (tmp_path / FOLDER / f"run-000{n}.nii.gz" for n in (0, 1))
     passport, *_ = nifti_passport(first)
     _, values, _ = nifti_passport(second)
     assert passport is not None
@@ -83,25 +84,25 @@ def test_a_passport_of_another_sample_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_tenth_of_the_release_count(name: str, tmp_path: Path) -> None:
-    row = judge(name, tmp_path / "out", num_files=20, num_altered=10)
+    row = judge(name, tmp_path / FOLDER, num_files=20, num_altered=10)
     assert (row["valid"], row["found"], row["wrong"]) == (row["files"], row["altered"], 0)
 
 
 def test_pictures_that_were_saved_again_are_unmarked(tmp_path: Path) -> None:
-    write_run(tmp_path / "out", png_files, COUNT)
-    path = tmp_path / "out" / "run-0000.png"
+    write_run(tmp_path / FOLDER, png_files, COUNT)
+    path = tmp_path / FOLDER / "run-0000.png"
     Image.open(path).save(path)
     (found,) = verify(path)
     assert found.verdict == "unmarked"
-    passport, values = png_passport(tmp_path / "out" / "run-0001.png")
+    passport, values = png_passport(tmp_path / FOLDER / "run-0001.png")
     assert passport is not None
     path.write_bytes(png_bytes(values ^ 1, passport))
     assert verify(path)[0].reason == "its voxels"
 
 
 def test_arrays_are_judged_one_by_one(tmp_path: Path) -> None:
-    write_run(tmp_path / "out", zarr_files, COUNT)
-    root = zarr.open_group(tmp_path / "out" / "samples.zarr", mode="a")
+    write_run(tmp_path / FOLDER, zarr_files, COUNT)
+    root = zarr.open_group(tmp_path / FOLDER / "samples.zarr", mode="a")
     root["run-0001/hu"][0, 0, 0] += 1
     root["run-0002"].attrs["seed"] = 7
     del root["run-0000/layout"].attrs["seal"]
@@ -124,12 +125,12 @@ def test_links_are_not_followed_and_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_command_tells_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path / "out", nifti_files, COUNT)
-    assert main(["verify", str(tmp_path / "out")]) == 0
+    write_run(tmp_path / FOLDER, nifti_files, COUNT)
+    assert main(["verify", str(tmp_path / FOLDER)]) == 0
     assert "valid    10 of 10" in capsys.readouterr().out
-    (tmp_path / "out" / "other.dcm").write_bytes(b"a patient")
-    ALTERATIONS["nifti"]["passport"](tmp_path / "out" / "run-0000.nii.gz")
-    assert main(["verify", str(tmp_path / "out"), "--json"]) == 3
+    (tmp_path / FOLDER / "other.dcm").write_bytes(b"a patient")
+    ALTERATIONS["nifti"]["passport"](tmp_path / FOLDER / "run-0000.nii.gz")
+    assert main(["verify", str(tmp_path / FOLDER), "--json"]) == 3
     told = json.loads(capsys.readouterr().out)
     assert {Path(one["path"]).name: one["verdict"] for one in told["flawed"]} == {
         "other.dcm": "unmarked",
