@@ -117,17 +117,10 @@ def _run(
     if num_actors is None:
         ended = dataset.map(partial(_write_unit, fork=fork, write=write), num_cpus=num_cpus)
     else:
-        most = min(num_actors, len(rows))
-        # An actor with its one unit is busy: a lost one is replaced.
-        autoscaling = ray.data.DataContext.get_current().autoscaling_config
-        autoscaling.actor_pool_util_upscaling_threshold = 0.99
         ended = dataset.map(
             _Actor,  # type: ignore[arg-type]  # Ray's types know no callable classes here
             fn_constructor_args=(fork, write),
-            # One unit each: whoever is free takes the next, and none waits behind a slow one.
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=1
-            ),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(rows))),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
         )
