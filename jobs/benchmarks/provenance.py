@@ -4,8 +4,8 @@ python -m jobs.benchmarks.provenance [--files 200] [--altered 100]
 
 Writes small volumes of noise in every format until there are so many files, and verifies them. Then
 so many of them are altered, one at a time: a voxel, the geometry or the passport changed, the mark
-or the passport taken away, another sample's passport put in. Prints a table and a line of JSON;
-exits 1 unless all files were valid, and all altered ones, and no others, found.
+or the passport taken away. Prints a table and a line of JSON; exits 1 unless all files were valid,
+and all altered ones, and no others, found.
 """
 
 from __future__ import annotations

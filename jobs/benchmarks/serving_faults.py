@@ -79,7 +79,6 @@ TITLES = {
 """Of the service's processes."""
 
 MI_B = 2**20
-Figures = dict[str, float]
 
 
 @dataclass

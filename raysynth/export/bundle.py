@@ -19,7 +19,7 @@ from raysynth.config import ExperimentConfig
 from raysynth.errors import InputError
 from raysynth.export.gate import open_gate
 from raysynth.export.passport import sealed
-from raysynth.export.writing import write_file
+from raysynth.export.writing import write_json
 from raysynth.models.bundle import Bundle, load_bundle, save_bundle
 from raysynth.models.facts import BundleFacts
 from raysynth.store.reader import SampleSet, open_group
@@ -125,7 +125,7 @@ def write_model_passport(
         "purpose": "research only: what it draws is synthetic",
         FILES: files_in(folder),
     }
-    write_file(folder / PASSPORT, (json.dumps(sealed(told, "set"), indent=1) + "\n").encode())
+    write_json(folder / PASSPORT, sealed(told, "set"))
 
 
 def files_in(folder: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 
 from raysynth.case import Label
 from raysynth.export.passport import Content, Passport, packed, sealed, unpacked
-from raysynth.export.writing import ExportedSample, RunFacts, Write, write_file
+from raysynth.export.writing import ExportedSample, RunFacts, Write, write_json
+from storage_schema.v1 import LABELS
 
 DESCRIPTION = b"synthetic (raysynth), no patient; research only"
 WITH_REAL_PIXELS = b"synthetic in part (raysynth), rest a real scan; research only"
@@ -48,22 +48,16 @@ def nifti_files(folder: Path, facts: RunFacts) -> Iterator[Write]:
         )
         for ending, content, values in parts:
             path = folder / f"{sample.name}{ending}.nii.gz"
-            geometry = nifti_affine(facts.spacing_mm).ravel().tolist()
-            own = sealed(sample.passport, content, values, geometry)
-            write_nifti(path, values, facts.spacing_mm, is_mixed=sample.is_mixed, passport=own)
-        text = json.dumps(sealed(sample.passport, "text"), indent=1, allow_nan=False) + "\n"
-        write_file(folder / f"{sample.name}.json", text.encode())
+            write_part(path, sample, content, values, facts.spacing_mm)
+        write_json(folder / f"{sample.name}.json", sealed(sample.passport, "text"))
 
     yield write
     names = {
-        str(int(label)): {
-            "name": label.name.lower().replace("_", " "),
-            "colour": COLOURS.get(label),
-        }
-        for label in Label
+        str(value): {"name": name, "colour": COLOURS.get(Label(value))}
+        for value, name in LABELS.items()
     }
     told = sealed(facts.passport | {"labels": names}, "text")
-    write_file(folder / "labels.json", (json.dumps(told, indent=1) + "\n").encode())
+    write_json(folder / "labels.json", told)
 
 
 def nifti_image(
@@ -94,6 +88,26 @@ def nifti_image(
     if passport is not None:
         image.header.extensions.append(Nifti1Extension(COMMENT, packed(passport)))
     return image
+
+
+def write_part(
+    path: Path,
+    sample: ExportedSample,
+    content: Content,
+    values: NDArray[Any],
+    spacing_mm: tuple[float, float],
+) -> None:
+    """Writes the image or the label map of a sample, with its sealed passport.
+
+    Args:
+        path: of the file.
+        sample: whose it is.
+        content: which of both.
+        values: its voxels.
+        spacing_mm: between planes, and of a pixel.
+    """
+    own = sealed(sample.passport, content, values, nifti_affine(spacing_mm).ravel().tolist())
+    write_nifti(path, values, spacing_mm, is_mixed=sample.is_mixed, passport=own)
 
 
 def write_nifti(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysynth.errors import InputError
-from raysynth.export.nifti import nifti_affine, write_nifti
+from raysynth.export.nifti import write_part
 from raysynth.export.passport import Content, sealed
-from raysynth.export.writing import ExportedSample, RunFacts, Write, write_file
+from raysynth.export.writing import ExportedSample, RunFacts, Write, write_json
 from storage_schema.v1 import LABELS
 
 FOLDER = re.compile(r"Dataset\d{3}_\w+", re.ASCII)
@@ -76,9 +75,7 @@ def write_nnunet_case(
     for name, content, values in parts:
         path = folder / f"{name}{ENDING}"
         path.parent.mkdir(exist_ok=True)
-        geometry = nifti_affine(spacing_mm).ravel().tolist()
-        own = sealed(sample.passport, content, values, geometry)
-        write_nifti(path, values, spacing_mm, is_mixed=sample.is_mixed, passport=own)
+        write_part(path, sample, content, values, spacing_mm)
 
 
 def write_dataset_json(folder: Path, facts: RunFacts, highest: int) -> None:
@@ -100,5 +97,4 @@ def write_dataset_json(folder: Path, facts: RunFacts, highest: int) -> None:
         "numTraining": facts.count,
         "file_ending": ENDING,
     }
-    text = json.dumps(sealed(told, "text"), indent=1, allow_nan=False) + "\n"
-    write_file(folder / "dataset.json", text.encode())
+    write_json(folder / "dataset.json", sealed(told, "text"))

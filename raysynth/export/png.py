@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from raysynth.export.passport import Content, Passport, packed, sealed, unpacked
-from raysynth.export.writing import ExportedSample, RunFacts, Write, write_file
+from raysynth.export.writing import ExportedSample, RunFacts, Write, write_file, write_json
 
 WINDOW_HU = (-1350.0, 150.0)
 """The usual window of lungs: level -600, width 1,500."""
@@ -39,8 +38,7 @@ def png_files(folder: Path, facts: RunFacts) -> Iterator[Write]:
         for ending, content, values in parts:
             own = sealed(sample.passport | {"window_hu": WINDOW_HU}, content, values)
             write_file(folder / f"{sample.name}{ending}.png", png_bytes(values, own))
-        text = json.dumps(sealed(sample.passport, "text"), indent=1, allow_nan=False) + "\n"
-        write_file(folder / f"{sample.name}.json", text.encode())
+        write_json(folder / f"{sample.name}.json", sealed(sample.passport, "text"))
 
     yield write
 

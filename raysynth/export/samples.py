@@ -24,7 +24,7 @@ from raysynth.errors import InputError
 from raysynth.export.card import data_card
 from raysynth.export.gate import open_gate
 from raysynth.export.passport import Passport, sealed, voxel_hash
-from raysynth.export.writing import ExportedSample, Format, RunFacts, write_file
+from raysynth.export.writing import ExportedSample, Format, RunFacts, write_file, write_json
 from raysynth.store.reader import SampleSet, open_group
 from raysynth.store.repository import open_root
 
@@ -175,8 +175,7 @@ def _claim(folder: Path, summary: ExportSummary) -> None:
 def _write_manifest(folder: Path, summary: ExportSummary, *, complete: bool) -> None:
     told = asdict(summary) | {"complete": complete}
     del told["folder"]  # a copy of the folder is as good
-    content = json.dumps(sealed(told, "set"), indent=1, allow_nan=False) + "\n"
-    write_file(folder / MANIFEST, content.encode())
+    write_json(folder / MANIFEST, sealed(told, "set"))
 
 
 def _passport(

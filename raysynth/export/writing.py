@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -66,3 +67,9 @@ def write_file(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}")
     part.write_bytes(content)
     os.replace(part, path)
+
+
+def write_json(path: Path, passport: Passport) -> None:
+    """Writes a sealed passport as a file of its own, whole or not at all."""
+    text = json.dumps(passport, indent=1, allow_nan=False) + "\n"
+    write_file(path, text.encode())
