@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -225,21 +226,25 @@ def _spread(features: Features, of: Callable[[Features], float]) -> float | None
 
 
 class MetricsKeeper:
-    """A Ray Serve replica that holds the streams of all owners."""
+    """A Ray Serve replica that holds the streams of all owners.
+
+    Ray Serve calls it from many threads; a stream has one caller at a time.
+    """
 
     def __init__(self, config: ExperimentConfig, folder: Path) -> None:
         """Opens nothing before it is asked for."""
         self.config, self.folder = config, folder
         self._streams: dict[tuple[str, str], LiveMetrics] = {}
+        self._locks: dict[tuple[str, str], threading.Lock] = {}
 
     def create(self, owner: str, name: str, reference: Origin) -> dict[str, Any]:
         """Opens a stream; one that is there already must have the same reference."""
-        about = self._place(owner, name) / "about.json"
-        if about.exists() and json.loads(about.read_text())["reference"] != reference:
-            raise InputError(f"name {name}: there is such a stream with another reference")
-        stream = LiveMetrics(self.config, about.parent, reference)
-        replace_file(about, json.dumps({"name": name, "reference": reference}).encode())
-        self._streams[owner, name] = stream
+        with self._alone(owner, name):
+            about = self._place(owner, name) / "about.json"
+            if about.exists() and json.loads(about.read_text())["reference"] != reference:
+                raise InputError(f"name {name}: there is such a stream with another reference")
+            self._streams[owner, name] = LiveMetrics(self.config, about.parent, reference)
+            replace_file(about, json.dumps({"name": name, "reference": reference}).encode())
         return self.read(owner, name)
 
     def names(self, owner: str) -> list[dict[str, str]]:
@@ -250,21 +255,27 @@ class MetricsKeeper:
 
     def push(self, owner: str, name: str, role: Role, first_row: int | None, **arrays: Any) -> int:
         """See `LiveMetrics.push`."""
-        return self._stream(owner, name).push(role, first_row, **arrays)
+        with self._alone(owner, name):
+            return self._stream(owner, name).push(role, first_row, **arrays)
 
     def count_run(self, owner: str, name: str, run: str) -> int:
         """See `LiveMetrics.count_run`."""
-        return self._stream(owner, name).count_run(run)
+        with self._alone(owner, name):
+            return self._stream(owner, name).count_run(run)
 
     def read(self, owner: str, name: str) -> dict[str, Any]:
         """Values and counts."""
-        stream = self._stream(owner, name)
-        return {
-            "name": name,
-            "reference": stream.reference,
-            "counts": stream.counts(),
-            "metrics": {key: value.model_dump() for key, value in stream.values().items()},
-        }
+        with self._alone(owner, name):
+            stream = self._stream(owner, name)
+            return {
+                "name": name,
+                "reference": stream.reference,
+                "counts": stream.counts(),
+                "metrics": {key: value.model_dump() for key, value in stream.values().items()},
+            }
+
+    def _alone(self, owner: str, name: str) -> threading.Lock:
+        return self._locks.setdefault((owner, name), threading.Lock())
 
     def _stream(self, owner: str, name: str) -> LiveMetrics:
         if (owner, name) not in self._streams:
