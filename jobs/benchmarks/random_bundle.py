@@ -8,11 +8,16 @@ from typing import Any
 import torch
 
 from raysynth.config import Diffusion, ExperimentConfig
-from raysynth.config.model import AutoencoderConfig
+from raysynth.config.model import AutoencoderConfig, AutoencoderKLConfig
 from raysynth.models.autoencoder import build_autoencoder
 from raysynth.models.bundle import save_bundle
 from raysynth.models.denoiser import build_denoiser
 from raysynth.models.facts import BundleFacts
+
+AUTOENCODER = AutoencoderKLConfig(
+    window_hu=(-1000, 2500), channels=(8, 16, 16), num_res_blocks=1, norm_num_groups=8
+)
+"""Small; its latents have four channels and a quarter of the pixels along a side."""
 
 
 def slices_recipe(folder: Path, size: int, **sampling: Any) -> ExperimentConfig:
@@ -23,6 +28,44 @@ def slices_recipe(folder: Path, size: int, **sampling: Any) -> ExperimentConfig:
         size: pixels along a side.
         sampling: settings.
     """
+    model = {
+        "family": "semantic_diffusion",
+        "layout_channels": 16,
+        "channels": [24, 48],
+        "attention_levels": [False, False],
+        "num_res_blocks": 1,
+        "num_head_channels": 8,
+        "norm_num_groups": 8,
+    }
+    return _recipe(folder, size, model, sampling)
+
+
+def latents_recipe(
+    folder: Path, size: int, channels: tuple[int, int], **sampling: Any
+) -> ExperimentConfig:
+    """A recipe of slices, drawn in the latents of `AUTOENCODER`.
+
+    Args:
+        folder: its work_dir.
+        size: of the latents, along a side.
+        channels: of the network's two levels.
+        sampling: settings.
+    """
+    model = {
+        "family": "latent_diffusion",
+        "autoencoder": "none",
+        "channels": channels,
+        "attention_levels": [False, True],
+        "num_res_blocks": 1,
+        "num_head_channels": 16,
+        "norm_num_groups": 8,
+    }
+    return _recipe(folder, 4 * size, model, sampling)
+
+
+def _recipe(
+    folder: Path, size: int, model: dict[str, Any], sampling: dict[str, Any]
+) -> ExperimentConfig:
     return ExperimentConfig.model_validate(
         {
             "name": "random",
@@ -36,15 +79,7 @@ def slices_recipe(folder: Path, size: int, **sampling: Any) -> ExperimentConfig:
                     "field_of_view_mm": 5.0 * size,
                 },
             },
-            "model": {
-                "family": "semantic_diffusion",
-                "layout_channels": 16,
-                "channels": [24, 48],
-                "attention_levels": [False, False],
-                "num_res_blocks": 1,
-                "num_head_channels": 8,
-                "norm_num_groups": 8,
-            },
+            "model": model,
             "sampling": sampling,
             "evaluation": {"controls": False},
         }

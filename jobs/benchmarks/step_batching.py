@@ -6,9 +6,9 @@ Requests of 10, 20 or 50 steps arrive by chance (Poisson) at 80 % of what padded
 one process of one thread. Four policies serve the same arrivals with the same network: by steps
 (ours, the service's own runner, slots from the measured batch curve), groups of equal steps, padded
 batches of what waits, and one after the other; groups and batches have rows for those they hold
-alone. Twice: with a network so small that calls cost more than arithmetic, and with one that fills
-the core. Then all requests are there at once: capacity. Ours alone decodes. Prints tables and a
-line of JSON; exits 1 where a target is missed or a sample is not that of a run alone.
+alone. Twice: in latents of 4 x 16 x 16, where calls cost more than arithmetic, and of 4 x 32 x 32,
+which fill the core. Then all requests are there at once: capacity. Everybody decodes. Prints tables
+and a line of JSON; exits 1 where a target is missed or a sample is not that of a run alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.benchmarks.random_bundle import make_bundle, slices_recipe
+from jobs.benchmarks.random_bundle import AUTOENCODER, latents_recipe, make_bundle
 from jobs.benchmarks.ratios import facts_of_run
 from raysynth.condition import Condition
 from raysynth.sampling.curve import Slots, batch_curve, slots_that_pay
@@ -40,8 +40,8 @@ from raysynth.serving.runner import Runner
 STEPS = (10, 20, 50)
 SLOTS = 8
 LOAD = 0.8
-SIZES = {"small": 16, "full": 64}
-"""Pixels along a side of the two networks' images."""
+NETWORKS = {"small": (16, (16, 32)), "large": (32, (32, 64))}
+"""Size of the latents along a side, and channels of the network's levels."""
 
 NUM_CHECKED = 16
 
@@ -83,7 +83,9 @@ class Server:
             engine.admit(one.request)
         for _ in range(num_steps):
             engine.step()
-        engine.retire()
+        drawn = {one.sample_id: one.x_0 for one in engine.retire()}
+        decoder = self._samplers[len(group)]
+        decoder.decode(torch.stack([drawn[one.request.sample_id] for one in group]))
         for one in group:
             one.done = self.now
 
@@ -163,10 +165,10 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     figures: dict[str, object] = {}
     missed = []
-    for network, size in SIZES.items():
+    for network, (size, channels) in NETWORKS.items():
         with tempfile.TemporaryDirectory() as folder:
-            config = slices_recipe(Path(folder), size, batch_size=16)
-            make_bundle(config, config.bundle_path)
+            config = latents_recipe(Path(folder), size, channels, batch_size=16)
+            make_bundle(config, config.bundle_path, AUTOENCODER)
             sampler = BundleSampler(config.bundle_path, config.sampling, 0)
             count = options.requests if network == "small" else max(60, options.requests // 5)
             figures[network], misses = _of_network(network, sampler, count)
@@ -185,7 +187,11 @@ def _of_network(network: str, sampler: BundleSampler, count: int) -> tuple[objec
     print(f"slots: {slots.few} while few wait, {slots.many} for a crowd")
     server = Server(sampler)
     for rows in range(1, 2 * SLOTS + 1):
-        server.engine(rows).step()  # no policy pays for the first call
+        first = [
+            Asked(replace(one.request, num_inference_steps=1), 0.0)
+            for one in requests(sampler, rows, None)
+        ]
+        server.run(first, 1)  # no policy pays for it
     found: dict[str, dict[str, float]] = {}
     capacity: dict[str, float] = {}
     for name, policy in policies(slots).items():

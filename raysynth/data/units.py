@@ -117,10 +117,17 @@ def _run(
     if num_actors is None:
         ended = dataset.map(partial(_write_unit, fork=fork, write=write), num_cpus=num_cpus)
     else:
+        most = min(num_actors, len(rows))
+        # A unit takes minutes: an actor that held a second one would keep it from an idle one, and
+        # a pool that is full at one unit each must grow then, and not at several.
+        scaling = ray.data.DataContext.get_current().autoscaling_config
+        scaling.actor_pool_util_upscaling_threshold = 0.99
         ended = dataset.map(
             _Actor,  # type: ignore[arg-type]  # Ray's types know no callable classes here
             fn_constructor_args=(fork, write),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(rows))),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=1
+            ),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ ROUNDS = 5
 LONG_S = 2.0
 """A step that takes so long fills the device: larger batches are not tried."""
 
-QUICK = 1.5
-"""While few wait, a sample may take so much more of the device than at the cheapest batch."""
+USUAL_LOAD = 0.3
+"""Of what the cheapest batch can do: where answers should be quick."""
 
 CROWDED = 1.3
 """And batches for crowds must gain so much over that to be worth their longer steps."""
@@ -67,13 +68,35 @@ def batch_curve(sampler: BundleSampler, most: int) -> dict[int, float]:
 def slots_that_pay(curve: dict[int, float]) -> Slots:
     """How many slots to have, by a batch curve.
 
-    A network that fills the device with one sample gets one slot: requests then wait their turn,
-    which is the quickest for them.
+    While few wait, as many as answer soonest at `USUAL_LOAD`: more slots make every step longer,
+    fewer let requests queue. A network that fills the device with one sample gets one slot.
     """
     cheapest = min(curve.values())
-    few = min(slots for slots, seconds in curve.items() if seconds <= QUICK * cheapest)
+    few = min(curve, key=lambda slots: _response(slots, curve[slots], cheapest / USUAL_LOAD))
     many = min(slots for slots, seconds in curve.items() if seconds <= WORTH * cheapest)
     return Slots(few, many if curve[few] >= CROWDED * curve[many] else few)
+
+
+def _response(slots: int, seconds: float, between: float) -> float:
+    """How long a step and its share of the wait for a slot take, by the queue M/M/slots.
+
+    Args:
+        slots: servers.
+        seconds: of a step by sample.
+        between: of a step and the next one that are asked for.
+
+    Returns:
+        Mean response time (Erlang's C formula, 1917), infinite if the queue grows without end.
+    """
+    busy = seconds / between
+    if busy >= 1:
+        return math.inf
+    load = slots * busy
+    blocked = 1.0  # Erlang's B formula, server by server
+    for servers in range(1, slots + 1):
+        blocked = load * blocked / (servers + load * blocked)
+    waits = blocked / (1 - busy * (1 - blocked))
+    return slots * seconds * (1 + waits / (slots * (1 - busy)))
 
 
 def _seconds(engine: SamplingEngine) -> float:

@@ -34,6 +34,9 @@ from raysynth.sampling.tiles import TiledDenoiser
 from raysynth.seeding import seed_of
 from raysynth.window import denormalize, measurable
 
+MAX_DECODED = 8
+"""Samples that a GPU decodes at a time."""
+
 
 class BundleSampler:
     """Draws planned samples with one bundle under one set of sampling settings.
@@ -268,8 +271,11 @@ class BundleSampler:
 
     @torch.inference_mode()
     def decode(self, x_0: torch.Tensor) -> NDArray[np.int16]:
-        """HU (n, *spatial) of what an engine has drawn, at the one batch shape."""
-        size = self.sampling.batch_size
+        """HU (n, *spatial) of what an engine has drawn, at one batch shape.
+
+        One image fills a core, so that nothing is gained by several; idle rows cost what others do.
+        """
+        size = 1 if self.device.type == "cpu" else min(self.sampling.batch_size, MAX_DECODED)
         images = []
         for start in range(0, len(x_0), size):
             batch = x_0[start : start + size]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from typing import Any, get_args
 
 import numpy as np
@@ -59,7 +58,7 @@ class Dispatcher:
             config: the recipe.
         """
         self.config = config
-        self._replicas = replicas.options(stream=True)
+        self._replicas = replicas
         self.paths = served_bundles(config)
         self.facts = {name: read_facts(path) for name, path in self.paths.items()}
         self.digests = {name: bundle_digest(path) for name, path in self.paths.items()}
@@ -123,8 +122,6 @@ class Dispatcher:
         sample_id: str,
         body: SampleIn,
         read_upload: ReadUpload,
-        *,
-        is_watched: bool = False,
         preview_every: int | None = None,
     ) -> Order:
         """What a replica is told. Nothing that is refused reaches one.
@@ -159,7 +156,6 @@ class Dispatcher:
             num_inference_steps=steps,
             guidance_scale=body.guidance_scale,
             batch_shape=body.batch_shape,
-            is_watched=is_watched,
             preview_every=preview_every,
         )
 
@@ -172,18 +168,22 @@ class Dispatcher:
         """
         handle = self._replicas.options(multiplexed_model_id=order.model)
         for left in reversed(range(MAX_TRIES)):
+            answer: Any  # of a stream, only where somebody listens: it costs milliseconds
+            if on_news is None:
+                answer = handle.draw.remote(order)
+            else:
+                answer = handle.options(stream=True).watch.remote(order)
             try:
-                async with aclosing(_told(handle.draw.remote(order))) as told:
-                    async for one in told:
-                        if "hu" in one:
-                            return one["hu"], one["batch_shape"]
-                        if on_news is not None:
-                            on_news(one)
+                drawn = await (answer if on_news is None else _last(answer, on_news))
+                return drawn["hu"], drawn["batch_shape"]
+            except asyncio.CancelledError:
+                answer.cancel()
+                raise
             except LOST:
                 if not left:
                     raise
                 await asyncio.sleep(RETRY_S)
-        raise Busy("no replica drew this: try again later")
+        raise AssertionError("the last try has returned or raised")
 
     async def draw_at_last(self, order: Order, on_news: News | None = None) -> Drawn:
         """As `draw`, but waits for room: what was accepted is drawn."""
@@ -261,13 +261,11 @@ def heard_parts(model: Diffusion) -> list[Part]:
     return [*scores, "layout", "reference"]
 
 
-async def _told(news: Any) -> AsyncGenerator[dict[str, Any]]:
-    """What a replica tells; leaving it early gives the sample up there."""
-    is_whole = False
-    try:
-        async for one in news:
-            yield one
-            is_whole = "hu" in one
-    finally:
-        if not is_whole:
-            news.cancel()
+async def _last(watching: Any, on_news: News) -> dict[str, Any]:
+    """The sample, which a replica tells after its progress."""
+    async for one in watching:
+        if "hu" in one:
+            drawn: dict[str, Any] = one
+            return drawn
+        on_news(one)
+    raise Busy("no replica drew this: try again later")

@@ -412,9 +412,12 @@ class Gateway(StoreRoutes, StudyRoutes):
 
     # How it is done.
 
-    async def _order(self, sample_id: str, owner: str, body: SampleIn, **watch: Any) -> Order:
+    async def _order(
+        self, sample_id: str, owner: str, body: SampleIn, preview_every: int | None = None
+    ) -> Order:
         read_upload = partial(self.uploads.read, owner)
-        return await asyncio.to_thread(self.dispatcher.order, sample_id, body, read_upload, **watch)
+        make = self.dispatcher.order
+        return await asyncio.to_thread(make, sample_id, body, read_upload, preview_every)
 
     async def _accept(
         self,
@@ -523,11 +526,8 @@ class Gateway(StoreRoutes, StudyRoutes):
         """Draws one sample of a job, unless an earlier gateway has."""
         path = self.jobs.sample_path(job.id, row)
         if not path.exists():
-            watch: dict[str, Any] = {}
-            if job.kind == "sample":
-                every = self.config.serving.preview_every if body.previews else None
-                watch = {"is_watched": True, "preview_every": every}
-            order = await self._order(f"{job.id}-{row}", job.owner, body, **watch)
+            every = self.config.serving.preview_every if body.previews else None
+            order = await self._order(f"{job.id}-{row}", job.owner, body, preview_every=every)
 
             def on_news(told: dict[str, Any]) -> None:
                 progress.step = told["step"]
@@ -537,7 +537,9 @@ class Gateway(StoreRoutes, StudyRoutes):
                     progress.preview = (told["step"], png_of(told["preview"], window_hu))
                 progress.changed.set()
 
-            hu, batch_shape = await self.dispatcher.draw_at_last(order, on_news)
+            hu, batch_shape = await self.dispatcher.draw_at_last(
+                order, on_news if job.kind == "sample" else None
+            )
             self._stream(order, hu)
             about = self.dispatcher.about(order, batch_shape)
             if job.kind == "sample":

@@ -24,7 +24,7 @@ from raysynth.errors import InputError, RaysynthError
 from raysynth.models.bundle import bundle_digest
 from raysynth.sampling.curve import Slots, batch_curve, slots_that_pay
 from raysynth.sampling.draw import BundleSampler
-from raysynth.serving.runner import Counts, Runner
+from raysynth.serving.runner import Counts, Runner, Ticket
 from raysynth.serving.tokens import FOLDER
 
 TOLD_EVERY_S = 0.1
@@ -65,8 +65,7 @@ class Order:
         num_inference_steps: network calls.
         guidance_scale: 1 follows the condition as trained.
         batch_shape: of the network calls; None: the bundle's own.
-        is_watched: whether anybody wants to know how far it is.
-        preview_every: steps between two previews; None: nobody looks.
+        preview_every: steps between two previews, where the sample is watched; None: nobody looks.
     """
 
     model: str
@@ -77,7 +76,6 @@ class Order:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     batch_shape: int | None = None
-    is_watched: bool = False
     preview_every: int | None = None
 
 
@@ -112,7 +110,17 @@ class Replica:
         self._runners[model] = runner
         return _Loaded(runner)
 
-    async def draw(self, order: Order) -> AsyncIterator[dict[str, Any]]:
+    async def draw(self, order: Order) -> dict[str, Any]:
+        """A sample, as `hu` and `batch_shape`; whoever stops waiting gives it up."""
+        runner = (await self.load(order.model)).runner
+        ticket = self._submit(runner, order)
+        try:
+            hu = await asyncio.wrap_future(ticket.drawn)
+            return {"hu": hu, "batch_shape": ticket.batch_shape}
+        finally:
+            runner.cancel(ticket)
+
+    async def watch(self, order: Order) -> AsyncIterator[dict[str, Any]]:
         """Progress of a sample, and at last itself; whoever stops listening gives it up.
 
         Yields:
@@ -134,17 +142,13 @@ class Replica:
             tell({"preview": hu, "step": step})
 
         runner = (await self.load(order.model)).runner
-        ticket = runner.submit(
-            order.sample_id,
-            order.seed,
-            order.condition,
-            num_inference_steps=order.num_inference_steps,
-            guidance_scale=order.guidance_scale,
-            sampler=order.sampler,
-            batch_shape=order.batch_shape,
-            on_step=on_step if order.is_watched else None,
-            on_preview=on_preview if order.preview_every else None,
-            preview_every=order.preview_every or 1,
+        every = order.preview_every
+        ticket = self._submit(
+            runner,
+            order,
+            on_step=on_step,
+            on_preview=on_preview if every else None,
+            preview_every=every or 1,
         )
         ticket.drawn.add_done_callback(lambda _: tell(None))
         try:
@@ -153,6 +157,18 @@ class Replica:
             yield {"hu": ticket.drawn.result(), "batch_shape": ticket.batch_shape}
         finally:
             runner.cancel(ticket)
+
+    def _submit(self, runner: Runner, order: Order, **watch: Any) -> Ticket:
+        return runner.submit(
+            order.sample_id,
+            order.seed,
+            order.condition,
+            num_inference_steps=order.num_inference_steps,
+            guidance_scale=order.guidance_scale,
+            sampler=order.sampler,
+            batch_shape=order.batch_shape,
+            **watch,
+        )
 
     def check_health(self) -> None:
         """Ray starts a replica anew whose thread has ended; and counts are exported meanwhile."""

@@ -162,8 +162,8 @@ def test_previews_end_in_the_sample(served: ExperimentConfig, runner: Runner) ->
 
 
 def test_slots_follow_from_what_batches_save() -> None:
-    assert slots_that_pay({1: 7.2, 2: 2.9, 4: 2.4, 8: 2.2, 16: 1.8}) == Slots(few=4, many=16)
-    assert slots_that_pay({1: 4.7, 2: 3.3, 4: 2.3, 8: 1.9, 16: 1.8}) == Slots(few=4, many=4)
+    assert slots_that_pay({1: 8.9, 2: 6.7, 4: 3.5, 8: 2.4, 16: 2.0}) == Slots(few=4, many=16)
+    assert slots_that_pay({1: 20.8, 2: 13.9, 4: 12.1, 8: 13.3}) == Slots(few=2, many=2)
     assert slots_that_pay({1: 10.5, 2: 8.7, 4: 10.7}) == Slots(few=1, many=1)
 
 
