@@ -8,6 +8,9 @@ network is a stub that waits for 20 ms, as for a device that computes, so that t
 machine are there for the service. Prints a table and a line of JSON; exits 1 where the service
 draws less than .90 of the samples a second, or adds more than 8 ms to the median of what a client
 waits, or 30 ms to its 99th percentile.
+
+With RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 in the environment HAProxy
+takes the place of Ray Serve's own proxy, and the service's processes speak to each other by gRPC.
 """
 
 from __future__ import annotations
@@ -25,16 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 from ray import serve
-from ray.serve import Application
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 
 from jobs.benchmarks.random_bundle import make_bundle, slices_recipe
 from jobs.benchmarks.ratios import facts_of_run
 from raysynth.condition import Condition
-from raysynth.config import ExperimentConfig
 from raysynth.sampling.draw import BundleSampler
+from raysynth.serving.app import application
 from raysynth.serving.client import Client
-from raysynth.serving.gateway import Gateway
-from raysynth.serving.metrics import MetricsKeeper
 from raysynth.serving.replica import Replica, service_folder
 from raysynth.serving.runner import Runner
 from raysynth.serving.tokens import add_token
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    facts = facts_of_run("torch", "ray")
+    facts = facts_of_run("torch", "ray") | {"haproxy": RAY_SERVE_ENABLE_HA_PROXY}
     with tempfile.TemporaryDirectory() as folder:
         config = slices_recipe(
             Path(folder), SIZE, num_inference_steps=NUM_STEPS, batch_size=NUM_SLOTS
@@ -86,7 +87,7 @@ def main(arguments: list[str]) -> int:
         client = Client(f"http://127.0.0.1:{PORT}", token)
         with connect():
             serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-            serve.run(_application(config), name="raysynth")
+            serve.run(application(config, StubReplica), name="raysynth")
 
             def ask(number: int) -> None:
                 client.sample(seed=number, batch_shape=NUM_SLOTS)
@@ -107,22 +108,6 @@ def main(arguments: list[str]) -> int:
     print(f"target >= .90, + 8 ms, + 30 ms: {'MISSED' if missed else 'met'}")
     print(json.dumps(facts | {"in_process": in_process, "over_http": over_http, "share": share}))
     return int(missed)
-
-
-def _application(config: ExperimentConfig) -> Application:
-    """As `raysynth.serving.app` has it, but for the stub."""
-    config = config.absolute()
-    replica: Any = serve.deployment(
-        StubReplica, name="replica", max_ongoing_requests=100, ray_actor_options={"num_cpus": 1}
-    )
-    keeper: Any = serve.deployment(
-        MetricsKeeper, name="metrics", ray_actor_options={"num_cpus": 0.25}
-    )
-    gateway: Any = Gateway
-    ingress = gateway.options(max_ongoing_requests=400, ray_actor_options={"num_cpus": 0.1})
-    streams = keeper.bind(config, service_folder(config) / "metrics")
-    bound: Application = ingress.bind(replica.bind(config), streams, config)
-    return bound
 
 
 def _measured(call: Callable[[int], None], seconds: float) -> dict[str, float]:

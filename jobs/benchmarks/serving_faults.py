@@ -192,7 +192,7 @@ def capacity(service: Service, seconds: float = 10.0, clients: int = 2 * SLOTS) 
     return count["done"] / (time.monotonic() - begun)
 
 
-def kills(service: Service, count: int) -> Rule:
+def kills(service: Service, count: int, every_s: float = KILL_EVERY_S) -> Rule:
     """R10."""
     rule, lock = Rule("R10"), threading.Lock()
     told: Counter[str] = Counter()
@@ -219,7 +219,7 @@ def kills(service: Service, count: int) -> Rule:
     rate = 0.4 * capacity(service)
     with load(ask, rate, NUM_CLIENTS):
         for number in range(count):
-            time.sleep(KILL_EVERY_S)
+            time.sleep(every_s)
             role = list(TITLES)[number % len(TITLES)]
             process = service.process(role)
             rule.expect(process is not None, f"no {role} was there to be killed")

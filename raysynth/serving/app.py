@@ -38,8 +38,12 @@ def build(arguments: dict[str, Any]) -> Application:
     return application(load_recipe(arguments["recipe"], arguments.get("set", [])))
 
 
-def application(config: ExperimentConfig) -> Application:
+def application(config: ExperimentConfig, replica_class: type[Replica] = Replica) -> Application:
     """Gateway, replicas and metrics of a recipe's bundle, and of others beside it.
+
+    Args:
+        config: the recipe.
+        replica_class: what draws.
 
     Raises:
         InputError: there is no bundle, or one that draws in one call or not at all.
@@ -66,7 +70,7 @@ def application(config: ExperimentConfig) -> Application:
             }
         }
     replica: Any = serve.deployment(
-        Replica,
+        replica_class,
         name="replica",
         # One more than it takes: it refuses by itself, and says why.
         max_ongoing_requests=at_once + 8,

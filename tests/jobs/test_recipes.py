@@ -65,7 +65,7 @@ def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"lidc_attributes_ldm_{number}_tiny" for number in range(1, 5)),
+        *(f"lidc_attributes_ldm_{number}_tiny" for number in (1, 2, 4)),  # 3: see below
         "luna16_semantic_tiny",
         "luna16_spade_gan_tiny",
     ],

@@ -1,0 +1,58 @@
+"""A tenth of the faults that a release is put to: what holds whatever the machine's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray import serve
+
+from jobs.benchmarks.random_bundle import make_bundle, slices_recipe
+from jobs.benchmarks.serving_faults import (
+    SIZE,
+    SLOTS,
+    STEPS,
+    Service,
+    disconnects,
+    hostile,
+    kills,
+    repeats,
+)
+from raysynth.session import connect
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    config = slices_recipe(
+        Path(tmp_path_factory.mktemp("faults")),
+        SIZE,
+        num_inference_steps=STEPS,
+        batch_size=2 * SLOTS,
+    )
+    make_bundle(config, config.bundle_path)
+    with connect(num_cpus=4):
+        yield Service(config)
+        serve.shutdown()
+
+
+def test_one_key_starts_one_job(service: Service) -> None:
+    assert repeats(service, 10).broken == []
+
+
+def test_slots_of_lost_clients_are_freed(service: Service) -> None:
+    figures = disconnects(service, 50).figures
+    # A slot that was kept would be busy for 25 times as long as the sample after it takes.
+    assert figures["late_ms"]["p50"] < 10 * figures["probe_ms"]
+
+
+def test_large_bodies_are_refused(service: Service) -> None:
+    assert set(hostile(service, 20).figures["large_bodies"]) <= {413, 0}
+
+
+def test_no_accepted_job_is_lost(service: Service) -> None:
+    figures = kills(service, 3, every_s=8).figures
+    assert figures["jobs"] > 0
+    assert (figures["lost"], figures["wrong"], figures["asked_again_failed"]) == (0, 0, 0)
