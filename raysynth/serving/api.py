@@ -29,6 +29,8 @@ UPLOADS = ("/v1/uploads", "/v1/metrics")
 
 RETRY_AFTER_S = 2
 
+PROBLEM = "application/problem+json"
+
 LOST = (
     RayActorError,
     ObjectLostError,
@@ -58,7 +60,7 @@ def problem(
     """An answer that says what is wrong."""
     content = Problem(title=title, status=status, detail=detail, field=field).model_dump()
     headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    return JSONResponse(content, status, headers, media_type="application/problem+json")
+    return JSONResponse(content, status, headers, media_type=PROBLEM)
 
 
 class Limits:
@@ -131,6 +133,10 @@ def make_api() -> FastAPI:
 
     for kind in LOST:
         api.add_exception_handler(kind, lost)
+
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return problem(500, "failed", "the service made a mistake, which its log tells")
 
     @api.exception_handler(OverQuota)
     async def over_quota(request: Request, error: OverQuota) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import secrets
@@ -16,6 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 NPZ = "application/x-npz"
+PROBLEM = "application/problem+json"
+
+RETRY_S = 0.5
+"""Until a request is sent again to a service that was not there."""
 
 
 class Refused(Exception):
@@ -214,9 +219,8 @@ class Client:
                     yield name, json.loads(content)
 
     def _send(self, method: str, path: str, body: Any = None, **options: Any) -> bytes:
-        with self._open(method, path, body, **options) as answer:
-            content: bytes = answer.read()
-            return content
+        content: bytes = self._open(method, path, body, whole=True, **options)
+        return content
 
     def _open(
         self,
@@ -226,8 +230,12 @@ class Client:
         accept: str = "application/json",
         headers: dict[str, str] | None = None,
         once: bool = False,
+        whole: bool = False,
     ) -> Any:
-        """The answer; asks again, unless that would count twice, while the service is not there."""
+        """The answer, or all that it says.
+
+        Asks again, unless that would count twice, while the service is not there.
+        """
         told = {"Authorization": f"Bearer {self.token}", "Accept": accept, **(headers or {})}
         content = body if isinstance(body, bytes) else None
         if body is not None and content is None:
@@ -236,15 +244,19 @@ class Client:
         until = time.monotonic() + self.patience_s
         while True:
             try:
-                return urllib.request.urlopen(request, timeout=self.timeout_s)
+                answer = urllib.request.urlopen(request, timeout=self.timeout_s)
+                return answer.read() if whole else answer
             except urllib.error.HTTPError as error:
-                wait_s = float(error.headers.get("Retry-After", self.patience_s))
-                if error.code != 503 or time.monotonic() + wait_s > until:
+                # The gateway's own words are problems; of its death the proxy tells otherwise.
+                is_cut = error.code == 500 and error.headers.get_content_type() != PROBLEM
+                wait_s = float(error.headers.get("Retry-After", RETRY_S))
+                may_ask = error.code == 503 or (is_cut and not once)
+                if not may_ask or time.monotonic() + wait_s > until:
                     raise _refused(error) from None
-            except OSError:  # a process of the service is being replaced
-                wait_s = 0.5
+            except (OSError, http.client.HTTPException) as error:  # a process is being replaced
+                wait_s = RETRY_S
                 if once or time.monotonic() + wait_s > until:
-                    raise
+                    raise ConnectionError(f"{self.url} does not answer: {error}") from None
             time.sleep(wait_s)
 
 

@@ -1,4 +1,4 @@
-"""A tenth of the faults that a release is put to: what holds whatever the machine's speed."""
+"""A few of the faults that a release is put to: what holds whatever the machine's speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from jobs.benchmarks.serving_faults import (
     STEPS,
     Service,
     disconnects,
-    hostile,
     kills,
     repeats,
 )
@@ -43,16 +42,12 @@ def test_one_key_starts_one_job(service: Service) -> None:
 
 
 def test_slots_of_lost_clients_are_freed(service: Service) -> None:
-    figures = disconnects(service, 50).figures
+    figures = disconnects(service, 25).figures
     # A slot that was kept would be busy for 25 times as long as the sample after it takes.
     assert figures["late_ms"]["p50"] < 10 * figures["probe_ms"]
 
 
-def test_large_bodies_are_refused(service: Service) -> None:
-    assert set(hostile(service, 20).figures["large_bodies"]) <= {413, 0}
-
-
 def test_no_accepted_job_is_lost(service: Service) -> None:
-    figures = kills(service, 3, every_s=8).figures
+    figures = kills(service, 2, every_s=8).figures
     assert figures["jobs"] > 0
     assert (figures["lost"], figures["wrong"], figures["asked_again_failed"]) == (0, 0, 0)
