@@ -155,6 +155,16 @@ PARTS = ("gateway", "replica")
 
 
 @contextmanager
+def deployed(folder: Path) -> Iterator[Service]:
+    """The service of a network of random weights, for the block."""
+    config = slices_recipe(folder, SIZE, num_inference_steps=STEPS, batch_size=2 * SLOTS)
+    make_bundle(config, config.bundle_path)
+    with connect(num_cpus=4):
+        yield Service(config)
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
 def load(call: Callable[[int], None], rate: float, clients: int) -> Iterator[None]:
     """Calls that come by chance, so many a second from so many clients, while the block runs."""
     stop = threading.Event()
@@ -575,17 +585,13 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     facts = facts_of_run("torch", "ray")
     found = []
-    with tempfile.TemporaryDirectory() as folder, connect(num_cpus=4):
-        config = slices_recipe(Path(folder), SIZE, num_inference_steps=STEPS, batch_size=2 * SLOTS)
-        make_bundle(config, config.bundle_path)
-        service = Service(config)
+    with tempfile.TemporaryDirectory() as folder, deployed(Path(folder)) as service:
         for name, (run, option) in RULES.items():
             if name in options.only:
                 rule = run(service, getattr(options, option))
                 found.append(rule)
                 verdict = "; ".join(rule.broken) or "holds"
                 print(f"{rule.name:4} {verdict}\n     {json.dumps(rule.figures)}", flush=True)
-        serve.shutdown()  # type: ignore[no-untyped-call]
     print(json.dumps(facts | {one.name: asdict(one) for one in found}))
     return int(any(one.broken for one in found))
 

@@ -6,35 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray import serve
 
-from jobs.benchmarks.random_bundle import make_bundle, slices_recipe
-from jobs.benchmarks.serving_faults import (
-    SIZE,
-    SLOTS,
-    STEPS,
-    Service,
-    disconnects,
-    kills,
-    repeats,
-)
-from raysynth.session import connect
+from jobs.benchmarks.serving_faults import Service, deployed, disconnects, kills, repeats
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    config = slices_recipe(
-        Path(tmp_path_factory.mktemp("faults")),
-        SIZE,
-        num_inference_steps=STEPS,
-        batch_size=2 * SLOTS,
-    )
-    make_bundle(config, config.bundle_path)
-    with connect(num_cpus=4):
-        yield Service(config)
-        serve.shutdown()
+    with deployed(Path(tmp_path_factory.mktemp("faults"))) as service:
+        yield service
 
 
 def test_one_key_starts_one_job(service: Service) -> None:
